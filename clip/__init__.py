@@ -1,0 +1,9 @@
+"""CLIP, written out: the API and parameter names of github.com/openai/CLIP in a few small files.
+
+    model, preprocess = clip.load("ViT-B/16")          # or "tiny", or a checkpoint file
+    logits_per_image, logits_per_text = model(preprocess(image)[None], clip.tokenize(["a dog"]))
+"""
+from .clip import CLIPError, available_models, load, tokenize
+from .model import CLIP, build_model
+
+__all__ = ["CLIP", "CLIPError", "available_models", "build_model", "load", "tokenize"]

@@ -1,0 +1,444 @@
+"""Loading CLIP: checkpoints of five formats, verified downloads, tokens, preprocessing.
+
+Nothing in a checkpoint is executed.  TorchScript archives are read without torch.jit: a restricted
+unpickler builds tensors and containers and replaces everything else by inert records.
+"""
+import hashlib
+import http.client
+import json
+import math
+import os
+import pickle
+import re
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import torch
+from torchvision import transforms
+
+from .model import CLIPError, build_model
+from .simple_tokenizer import SimpleTokenizer
+
+# name: (SHA-256 of the official file, Hugging Face repository with a copy of the weights)
+_MODELS = {
+    "RN50": ("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
+             "timm/resnet50_clip.openai"),
+    "RN101": ("8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
+              "timm/resnet101_clip.openai"),
+    "RN50x4": ("7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
+               "timm/resnet50x4_clip.openai"),
+    "RN50x16": ("52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
+                "timm/resnet50x16_clip.openai"),
+    "RN50x64": ("be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c",
+                "timm/resnet50x64_clip.openai"),
+    "ViT-B/32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+                 "openai/clip-vit-base-patch32"),
+    "ViT-B/16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+                 "openai/clip-vit-base-patch16"),
+    "ViT-L/14": ("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+                 "openai/clip-vit-large-patch14"),
+    "ViT-L/14@336px": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
+                       "openai/clip-vit-large-patch14-336"),
+}
+_OFFICIAL = ("https://openaipublic.azureedge.net/clip/models",
+             "https://openaipublic.blob.core.windows.net/clip/models")
+
+
+def _urls(name):
+    """[(url, SHA-256 or None)] in the order of trial; None: the reply itself must name it."""
+    sha256, repo = _MODELS[name]
+    files = (("open_clip_model.safetensors",) if repo.startswith("timm/") else
+             ("model.safetensors", "pytorch_model.bin"))
+    return ([(f"{host}/{sha256}/{re.sub('[/@]', '-', name)}.pt", sha256) for host in _OFFICIAL]
+            + [(f"https://huggingface.co/{repo}/resolve/main/{file}", None) for file in files])
+
+
+_SOURCES = {name: _urls(name) for name in _MODELS}
+_TIMEOUT = 20  # seconds without a byte
+_DIFFERS = ("{} is not the expected file (its SHA-256 differs): move it away to download it again, "
+            "or pass it with --weights FILE if you trust it")
+_tokenizer = SimpleTokenizer()
+
+
+# ---------------------------------------------------------------------------------- public
+
+
+def available_models():
+    """Names that `load` knows: OpenAI's nine, and "tiny", which lies in this folder."""
+    return [*_MODELS, "tiny"]
+
+
+def load(name, device="cpu", download_root=None, jit=False, quick_gelu=None):
+    """(model in eval() and fp32, preprocess) for a model's name or a checkpoint file.
+
+    `name`: one of `available_models()`, downloaded on first use to `download_root` (default
+    ~/.cache/clip), or a file: OpenAI's .pt, a plain state dict (also one under "state_dict" or
+    "model"), Hugging Face's CLIPModel or open_clip's, as .pt, .bin or .safetensors.
+    `quick_gelu`: None is what the file says, else True, which is right for OpenAI's weights; most
+    open_clip weights trained on LAION need False, and their files do not say so.
+    `preprocess`: PIL image of any mode and size -> (3, R, R), R = model.visual.input_resolution.
+    Raises CLIPError, one line, when the name, the file, its contents or the network are at fault.
+    """
+    if jit or download_root is True:  # True: openai/CLIP has jit in the third place
+        raise CLIPError("jit=True is not supported: TorchScript is deprecated, use jit=False")
+    name = os.fspath(name)
+    if name == "tiny":
+        path = str(Path(__file__).with_name("tiny.pt"))
+    elif name in _MODELS:
+        path = _download(name, download_root or Path.home() / ".cache" / "clip")
+    else:
+        path = name
+    if not os.path.isfile(path):
+        raise CLIPError(f"no such model or file: {path} (models: {', '.join(available_models())})")
+    weights, extra = _read_checkpoint(path)
+    if quick_gelu is None:
+        quick_gelu = extra.get("quick_gelu", True)
+    try:
+        model = build_model(weights, quick_gelu=bool(quick_gelu),
+                            vision_heads=extra.get("vision_heads"),
+                            transformer_heads=extra.get("transformer_heads"))
+    except CLIPError as error:
+        raise CLIPError(f"{path}: {error}") from None
+    return model.to(device), _transform(model.visual.input_resolution)
+
+
+def tokenize(texts, context_length=77, truncate=False):
+    """A string or a list of n strings -> LongTensor (n, context_length): start, text, end, zeros.
+
+    A text that does not fit raises CLIPError (a RuntimeError), or is cut when `truncate` is set.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    start, end = _tokenizer.encoder["<|startoftext|>"], _tokenizer.encoder["<|endoftext|>"]
+    result = torch.zeros(len(texts), context_length, dtype=torch.long)  # (n, L)
+    for row, text in zip(result, texts):
+        ids = [start, *_tokenizer.encode(text), end]
+        if len(ids) > context_length:
+            if not truncate:
+                raise CLIPError(f"{len(ids)} tokens are too long for context length "
+                                f"{context_length}: {text[:60]!r}")
+            ids = [*ids[:context_length - 1], end]
+        row[:len(ids)] = torch.tensor(ids)
+    return result
+
+
+def _to_rgb(image):
+    return image.convert("RGB")
+
+
+def _transform(n_px):
+    """CLIP's test transform.  Its order matters: palette images are resized before they are RGB."""
+    return transforms.Compose([
+        transforms.Resize(n_px, interpolation=transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(n_px),
+        _to_rgb,
+        transforms.ToTensor(),
+        transforms.Normalize(mean=(0.48145466, 0.4578275, 0.40821073),
+                             std=(0.26862954, 0.26130258, 0.27577711)),
+    ])
+
+
+# ---------------------------------------------------------------------------------- checkpoints
+
+
+def _read_checkpoint(path):
+    """(state dict with OpenAI's names, other entries such as quick_gelu) of any file."""
+    try:
+        data, extra = _read_file(path), {}
+        if not isinstance(data, dict):
+            raise ValueError("it holds no state dict")
+        for key in ("state_dict", "model"):
+            if isinstance(data.get(key), dict):
+                extra, data = data, data[key]
+                break
+        weights = {key: value for key, value in data.items() if isinstance(value, torch.Tensor)}
+        weights = _openai_names(weights)
+        rows = weights.get("token_embedding.weight")
+        if extra.get("token_ids") is not None and len(rows) != extra["vocab_size"]:
+            # the file holds only the rows of tokens that were trained: the others are zero
+            full = rows.new_zeros(extra["vocab_size"], rows.shape[1])
+            full[extra["token_ids"]] = rows
+            weights["token_embedding.weight"] = full
+    except Exception as error:  # a damaged or hostile file may provoke any: one line
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise CLIPError(f"cannot read {path} as a checkpoint: {reason}") from error
+    return weights, extra
+
+
+def _read_file(path):
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{" and int.from_bytes(head[:8], "little") < os.path.getsize(path):
+        return _read_safetensors(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any("/code/" in name for name in archive.namelist()):
+                return _read_torchscript(archive)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+_STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32,
+             "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+             "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
+             "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+
+
+def _read_torchscript(archive):
+    """{name: tensor} of a zip that torch.jit.save wrote; its code is not looked at.
+
+    data.pkl is a tree of module objects whose attributes are tensors and further modules.
+    """
+    pickled = min((name for name in archive.namelist() if name.endswith("/data.pkl")), key=len)
+    root = pickled[:-len("data.pkl")]
+    storages = {}
+
+    class Record:  # stands for every class that the file names: holds attributes, does nothing
+        fields, tensor = {}, None
+
+        def __new__(cls, *args, **kwargs):
+            return object.__new__(cls)
+
+        def __setstate__(self, state):
+            self.fields = state if isinstance(state, dict) else {}
+
+    def rebuild_tensor(storage, offset, size, stride, *_):
+        record = Record()
+        record.tensor = (*storage, offset, size, stride)  # a description; see `build`
+        return record
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module, name):
+            if module == "torch" and name in _STORAGES:
+                return _STORAGES[name]
+            known = {"torch._utils _rebuild_tensor_v2": rebuild_tensor,
+                     "collections OrderedDict": dict}
+            return known.get(f"{module} {name}", Record)
+
+        def persistent_load(self, pid):
+            return pid[1], str(pid[2])  # dtype, name of the storage
+
+    def build(dtype, key, offset, size, stride):
+        if key not in storages:
+            raw = bytearray(archive.read(f"{root}data/{key}"))
+            storages[key] = (torch.frombuffer(raw, dtype=dtype) if raw else
+                             torch.empty(0, dtype=dtype))
+        if storages[key].dtype != dtype or math.prod(size) > storages[key].numel():
+            raise ValueError(f"a tensor does not fit its storage {key}")
+        return torch.as_strided(storages[key], size, stride, offset)  # checks the bounds
+
+    weights, seen = {}, set()
+
+    def walk(record, prefix):
+        seen.add(id(record))
+        for name, value in record.fields.items():
+            if isinstance(value, Record) and value.tensor is not None:
+                weights[prefix + name] = build(*value.tensor)
+            elif isinstance(value, Record) and id(value) not in seen:
+                walk(value, f"{prefix}{name}.")
+
+    with archive.open(pickled) as file:
+        module = Reader(file).load()
+    if not isinstance(module, Record):
+        raise ValueError("it holds no module")
+    walk(module, "")
+    return weights
+
+
+def _read_safetensors(path):
+    """{name: tensor}: a 64-bit little-endian length, a JSON header of that length, raw tensors."""
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+              "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
+              "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+    weights = {}
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(start - 8))
+        room = os.path.getsize(path) - start
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            dtype, shape = dtypes[entry["dtype"]], entry["shape"]
+            begin, end = entry["data_offsets"]
+            if not (0 <= begin <= end <= room and all(n >= 0 for n in shape)
+                    and end - begin == math.prod(shape) * dtype.itemsize):
+                raise ValueError(f"the entry {name!r} of its header points outside of the file")
+            file.seek(start + begin)
+            raw = bytearray(file.read(end - begin))
+            flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+            weights[name] = flat.reshape(shape)
+    return weights
+
+
+_HUGGING_FACE = (  # (their part of a name, OpenAI's)
+    ("text_model.embeddings.token_embedding.", "token_embedding."),
+    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    ("text_model.encoder.layers.", "transformer.resblocks."),
+    ("text_model.final_layer_norm.", "ln_final."),
+    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+    ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
+    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+    ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
+    ("vision_model.pre_layrnorm.", "visual.ln_pre."),  # their spelling
+    ("vision_model.post_layernorm.", "visual.ln_post."),
+    ("visual_projection.weight", "visual.proj.weight"),
+    (".self_attn.", ".attn."), (".layer_norm1.", ".ln_1."), (".layer_norm2.", ".ln_2."),
+    (".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."))
+
+
+def _openai_names(weights):
+    """The state dict with OpenAI's names, from those of DDP, open_clip or Hugging Face."""
+    if weights and all(key.startswith("module.") for key in weights):
+        weights = {key[len("module."):]: value for key, value in weights.items()}
+    if "text.token_embedding.weight" in weights:  # open_clip's CustomTextCLIP
+        weights = {key.removeprefix("text."): value for key, value in weights.items()}
+    if "text_model.embeddings.token_embedding.weight" in weights:
+        renamed = {}
+        for key, value in weights.items():
+            for theirs, ours in _HUGGING_FACE:
+                key = key.replace(theirs, ours)
+            renamed[key] = value
+        weights = renamed
+        for key in [key for key in weights if ".attn.q_proj." in key]:
+            parts = [weights.pop(key.replace(".q_proj.", f".{c}_proj.")) for c in "qkv"]
+            weights[key.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
+    for key in ("text_projection", "visual.proj"):
+        if f"{key}.weight" in weights:  # a Linear layer keeps the transpose
+            weights[key] = weights.pop(f"{key}.weight").t()
+    return weights
+
+
+# ---------------------------------------------------------------------------------- download
+
+
+class _SourceFailed(Exception):
+    """One source cannot deliver; the message says why, and the next one is tried."""
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects and remembers the SHA-256 that Hugging Face sends with the first reply."""
+
+    def __init__(self, sha256):
+        self.sha256 = sha256
+
+    def look(self, headers):
+        etag = headers.get("X-Linked-Etag", "").strip('W/"').lower()
+        if self.sha256 is None and re.fullmatch("[0-9a-f]{64}", etag):
+            self.sha256 = etag
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        self.look(headers)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _say(text, end="\n"):
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def _sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _download(name, root):
+    """Path of a named model's verified weights under `root`: from the cache, else the network."""
+    stem, tried, sources = Path(root) / re.sub("[/@]", "-", name), [], []
+    for url, sha256 in _SOURCES[name]:
+        path = f"{stem}{Path(urllib.parse.urlsplit(url).path).suffix}"
+        note = Path(path + ".sha256")  # beside a Hugging Face copy: the hash that was verified
+        sources.append((url, path, note, sha256))
+        known = sha256 or (note.read_text().strip() if note.is_file() else None)
+        if known and os.path.isfile(path):
+            if _sha256(path) != known:
+                raise CLIPError(_DIFFERS.format(path))
+            return path
+    for url, path, note, sha256 in sources:
+        _say(f"downloading {name} from {url}")
+        try:
+            os.makedirs(root, exist_ok=True)
+            found = _fetch(url, path, sha256)
+            if sha256 is None:
+                note.write_text(found + "\n")
+            _say(f"{path}: SHA-256 verified")
+            return path
+        except _SourceFailed as reason:
+            tried.append(f"{urllib.parse.urlsplit(url).netloc}: {reason}")
+            _say(f"  failed: {reason}")
+        except OSError as error:
+            raise CLIPError(f"cannot write to {root}: {error.strerror or error}") from None
+    raise CLIPError(f"cannot download {name} (tried {'; '.join(tried)}): get the file elsewhere "
+                    f"and pass it with --weights FILE")
+
+
+def _fetch(url, path, sha256):
+    """Download one file through `path`.part, which is resumed, and move it to `path`; its SHA-256.
+
+    Raises _SourceFailed; the part is kept for the next attempt unless its contents are wrong, and a
+    file that lies at `path` is never replaced.
+    """
+    part = path + ".part"
+    while True:
+        before = os.path.getsize(part) if os.path.exists(part) else 0
+        redirects = _Redirects(sha256)
+        request = urllib.request.Request(url, headers={"User-Agent": "clip"})
+        if before:
+            request.add_header("Range", f"bytes={before}-")
+        try:
+            with urllib.request.build_opener(redirects).open(request, timeout=_TIMEOUT) as reply:
+                redirects.look(reply.headers)
+                if redirects.sha256 is None:
+                    raise _SourceFailed("the reply names no SHA-256 to verify the file with")
+                if os.path.exists(path):  # not verified before, for want of a hash
+                    if _sha256(path) != redirects.sha256:
+                        raise CLIPError(_DIFFERS.format(path))
+                    return redirects.sha256
+                end = _receive(reply, part, before if reply.status == 206 else 0)
+        except urllib.error.HTTPError as error:
+            redirects.look(error.headers)
+            end = "complete" if error.code == 416 and before else f"HTTP {error.code}"
+        except (OSError, http.client.HTTPException) as error:
+            end = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+        if end == "complete":
+            if _sha256(part) == redirects.sha256:
+                os.replace(part, path)
+                return redirects.sha256
+            os.remove(part)
+            if not before:
+                raise _SourceFailed("wrong SHA-256")
+            end = "wrong SHA-256 after resuming, again from the start"
+        elif not os.path.exists(part) or os.path.getsize(part) <= before:
+            raise _SourceFailed(end)  # no progress
+        _say(f"  {end}")
+
+
+def _receive(reply, part, before):
+    """Write the reply's body to `part` from byte `before` on; "complete", or what went wrong."""
+    length = int(reply.headers.get("Content-Length") or 0)
+    tty, began = sys.stderr.isatty(), time.monotonic()
+    done, shown = before, began
+    try:
+        file = open(part, "r+b" if before else "wb")
+    except OSError as error:
+        raise CLIPError(f"cannot write {part}: {error.strerror}") from None
+    with file:
+        file.seek(before)
+        while block := reply.read(1 << 18):
+            try:
+                file.write(block)
+                file.flush()
+            except OSError as error:
+                raise CLIPError(f"cannot write {part}: {error.strerror}") from None
+            done += len(block)
+            now = time.monotonic()
+            if now - shown > (0.2 if tty else 10):
+                shown = now
+                rate = (done - before) / (now - began) / 1e6
+                _say(f"  {done / 1e6:.1f} of {(before + length) / 1e6:.1f} MB, {rate:.1f} MB/s",
+                     end="\r" if tty else "\n")
+    return "complete" if done - before == length or not length else "the connection broke off"

@@ -1,0 +1,533 @@
+"""Finds the images and the class names in a folder; decodes, augments and batches them.
+
+    found = load("./oxford_pets")                  # or load("./photos", classes="cat,dog")
+    test, weak, strong = transforms(224)
+    for x_weak, x_strong, index in loader(found.train.view(weak, strong), 64, shuffle=True):
+
+Layouts, tried in this order (`python data.py PATH` prints which one it took):
+1. `demo`, `demo:STYLE`      drawn on the fly
+2. a data set of `SETS`      CoOp's split file if it is there, else the data set's own annotations
+3. `train/` + `test|val/`    each with a folder per class (labelled) or with images (unlabelled)
+4. a folder per class        a fifth of the images is the test set: those whose path has a SHA-256
+                             divisible by 5, so the split is the same for every seed and machine
+5. images and `--classes`    unlabelled: all of them are the training set and the test set
+If none fits but exactly one sub-folder does, that one is taken.
+
+Label firewall: `Images.view(...)`, which training reads, holds no labels. `Images.y_true` is for
+accuracy and diagnostics only.
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import unicodedata
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms as T
+from torchvision.transforms import InterpolationMode
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)              # CLIP's
+STD = (0.26862954, 0.26130258, 0.27577711)
+TEMPLATE = "a photo of a {}."
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")    # judged by content, not by name
+
+
+class DataError(ValueError):
+    """A mistake in the user's data or arguments; its message says what was expected and where."""
+
+
+# ---- images ----
+
+def decode(path, draft=False):
+    """The image as PIL RGB, EXIF orientation not applied (CLIP's preprocess does not either).
+    `draft` decodes a JPEG at 1/8 of its size: enough to find out whether it is intact."""
+    with Image.open(path, formats=FORMATS) as im:
+        if draft:
+            im.draft("RGB", (1, 1))
+        if isinstance(im.info.get("transparency"), bytes):
+            im = im.convert("RGBA")                     # same colours, without Pillow's warning
+        return im.convert("RGB")
+
+
+class Images(Dataset):
+    """N images and, if they are known, their true classes.
+
+    names: N relative paths. y_true: (N,) int64 or None; for accuracy and diagnostics only.
+    Source: the files `root/files[i]`, or the PIL images in `pictures`.
+    """
+    def __init__(self, names, y_true=None, root=None, pictures=None):
+        self.files, self.root, self.pictures = list(names), root, pictures
+        self.names = [_text(name) for name in self.files]
+        self.y_true = None if y_true is None else torch.as_tensor(y_true, dtype=torch.long)   # (N,)
+        if self.y_true is not None and self.y_true.shape != (len(self.names),):
+            raise ValueError(f"{len(self.names)} images but labels {tuple(self.y_true.shape)}")
+
+    def __len__(self):
+        return len(self.names)
+
+    def image(self, i):
+        """Image i as PIL RGB. DataError if the file can no longer be read."""
+        if self.pictures is not None:
+            return self.pictures[i].convert("RGB")
+        try:
+            return decode(os.path.join(self.root, self.files[i]))
+        except Exception as e:                          # Pillow's plugins raise nearly anything
+            raise DataError(f"cannot read {self.names[i]} any more: {_reason(e)}") from None
+
+    __getitem__ = image
+
+    def view(self, *transforms):
+        """Dataset whose item i is (t1(image), t2(image), ..., i): one decoding, and no label."""
+        return View(Images(self.files, None, self.root, self.pictures), transforms)
+
+
+class View(Dataset):
+    """See `Images.view`. Item (i, seed), as `Order` asks for it, is item i with the random numbers
+    of its transforms drawn from `seed`; torch's global random state is left as it was."""
+    def __init__(self, images, transforms):
+        self.images, self.transforms = images, transforms
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, item):
+        rng, state = torch.default_generator, None      # torch.manual_seed takes 50x longer
+        if isinstance(item, tuple):
+            item, seed = item
+            state = rng.get_state()
+            rng.manual_seed(seed)
+        image = self.images.image(item)
+        views = (*(t(image) for t in self.transforms), item)
+        if state is not None:
+            rng.set_state(state)
+        return views
+
+
+@dataclass
+class Data:
+    """What `load` found. description is one line: layout, classes, split, counts, template."""
+    train: Images
+    test: Images
+    class_names: list           # C strings, as they go into the prompt
+    templates: list             # prompts with one {} for the class name
+    description: str
+
+
+# ---- transforms and batches ----
+
+def to_rgb(image):
+    return image.convert("RGB")
+
+
+def transforms(size):
+    """(test, weak, strong): PIL image -> (3, size, size) tensor. test is CLIP's preprocess."""
+    bicubic = InterpolationMode.BICUBIC
+    tensor = [to_rgb, T.ToTensor(), T.Normalize(MEAN, STD)]
+    crop = partial(T.RandomResizedCrop, size, interpolation=bicubic)
+    flip, augment = T.RandomHorizontalFlip(), T.RandAugment(num_ops=2, magnitude=9)
+    test = T.Compose([T.Resize(size, interpolation=bicubic), T.CenterCrop(size), *tensor])
+    weak = T.Compose([crop(scale=(0.6, 1.0)), flip, *tensor])
+    strong = T.Compose([crop(scale=(0.4, 1.0)), flip, augment, *tensor])
+    return test, weak, strong
+
+
+class Order(Sampler):
+    """The order of each epoch and a seed for each item, both from (seed, epoch) alone: the same
+    batches for any number of workers. `epoch` is the one to come; each pass adds one."""
+    def __init__(self, indices, shuffle=False, seed=0, epoch=0):
+        self.indices, self.shuffle, self.seed, self.epoch = list(indices), shuffle, seed, epoch
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __iter__(self):
+        g = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        self.epoch += 1
+        n = len(self.indices)
+        seeds = torch.randint(2**62, (n,), generator=g).tolist()
+        order = torch.randperm(n, generator=g).tolist() if self.shuffle else range(n)
+        return iter([(self.indices[k], seeds[k]) for k in order])
+
+
+def loader(dataset, batch_size, shuffle=False, seed=0, workers=0, device="cpu", drop_last=False,
+           subset=None, epoch=0):
+    """DataLoader over a view, or over the images `subset` of it (indices, repeats allowed).
+
+    Order and augmentations follow from (seed, epoch), see `Order`: give `epoch` where a run resumes
+    or a new subset begins. drop_last drops nothing where that would leave no batch.
+    """
+    indices = range(len(dataset)) if subset is None else [int(i) for i in subset]
+    order = Order(indices, shuffle, seed, epoch)
+    return DataLoader(dataset, batch_size, sampler=order, num_workers=workers,
+                      drop_last=drop_last and len(order) >= batch_size,
+                      pin_memory=torch.device(device).type == "cuda",
+                      persistent_workers=workers > 0,
+                      generator=torch.Generator().manual_seed(0))   # keeps the global one untouched
+
+
+# ---- layouts ----
+
+class Known(NamedTuple):
+    """A public data set."""
+    title: str
+    folders: tuple              # its folder in CoOp, in torchvision
+    split: str                  # CoOp's split file, beside
+    images: str                 # the folder that the split's paths are relative to
+    template: str
+    annotations: tuple          # the data set's own files, train and test, without CoOp's split
+    official: Callable          # their reader: root -> {part: [(path, label, class name), ...]}
+
+
+class Found(NamedTuple):
+    """What the reader of a layout returns. Paths are relative to the folder, labels int or None;
+    class_names None: only --classes can tell."""
+    layout: str
+    train: list                 # [(path, label), ...]
+    test: list
+    class_names: list | None
+    template: str = TEMPLATE
+
+
+def coop_split(known, root):
+    """split_zhou_*.json: {"train": [[path, label, class name], ...], "val": ..., "test": ...}."""
+    try:
+        split = json.loads((root / known.split).read_text(encoding="utf-8-sig"))
+        parts = {part: split.get(part, []) for part in ("train", "val", "test")}
+    except AttributeError:
+        raise DataError(f'{known.split}: expected {{"train": [...], "test": [...]}}') from None
+    except ValueError as e:                             # not JSON, not UTF-8: says line and column
+        raise DataError(f"{known.split} is not valid JSON: {e}") from None
+    for part, rows in parts.items():
+        for k, row in enumerate(rows if isinstance(rows, list) else [rows]):
+            if not (isinstance(row, list) and [type(x) for x in row] == [str, int, str]):
+                raise DataError(f"{known.split}: {part}[{k}]: expected [path, label, class name], "
+                                f"got {json.dumps(row)[:60]}")
+        parts[part] = [(f"{known.images}/{path.lstrip('/')}", label, c) for path, label, c in rows]
+    return parts
+
+
+def pets_official(root):
+    """annotations/{trainval,test}.txt: lines `Abyssinian_100 1 1 1` = image, class from 1, ..."""
+    parts = {}
+    for part, name in (("train", "trainval.txt"), ("test", "test.txt")):
+        parts[part] = []
+        lines = (root / "annotations" / name).read_text("utf-8", errors="replace").splitlines()
+        for k, line in enumerate(lines, 1):
+            if line.strip() and not line.startswith("#"):
+                stem, label = (line.split() + ["", ""])[:2]
+                if not ("_" in stem and label.isdecimal()):
+                    raise DataError(f"annotations/{name} line {k}: "
+                                    f"expected `Abyssinian_100 1 1 1`, got `{line[:40]}`")
+                breed = stem.rpartition("_")[0].lower()
+                parts[part].append((f"images/{stem}.jpg", int(label) - 1, breed))
+    return parts
+
+
+SETS = {
+    "oxford_pets": Known("Oxford Pets", ("oxford_pets", "oxford-iiit-pet"),
+                         "split_zhou_OxfordPets.json", "images", "a photo of a {}, a type of pet.",
+                         ("annotations/trainval.txt", "annotations/test.txt"), pets_official),
+}
+
+EXPECTED = "Expected one of" + "".join(f"""
+  {s.folders[0]}/ with {s.split} and {s.images}/
+  {s.folders[1]}/ with {', '.join(s.annotations)} and {s.images}/""" for s in SETS.values()) + """
+  DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg (or val)
+  DIR/CLASS/*.jpg
+  DIR/*.jpg and --classes FILE|a,b,c"""
+
+
+def read_known(known, root, classes, ignored):
+    """A data set of `SETS`. Class names and their order are those of its training part."""
+    if (root / known.split).is_file():
+        source, parts = known.split, coop_split(known, root)
+        layout = f"{known.title}, CoOp layout, {source}, {len(parts['val'])} images of val not used"
+    else:
+        source, parts = ", ".join(known.annotations), known.official(root)
+        layout = f"{known.title}, official split of {source}, no {known.split}"
+    names = {}
+    for _, label, name in parts["train"]:
+        if names.setdefault(label, name) != name:
+            raise DataError(f"{source}: label {label} is both {names[label]} and {name}")
+    labels = sorted(names.keys() | {label for _, label, _ in parts["test"]})
+    if not names or labels != list(range(len(names))):
+        raise DataError(f"{source}: training labels must be 0, 1, 2, ... without a gap and test "
+                        f"labels be among them; {len(names)} classes, labels {str(labels)[:60]}")
+    train, test = ([row[:2] for row in parts[part]] for part in ("train", "test"))
+    return Found(layout, train, test, [names[k] for k in labels], known.template)
+
+
+def read_train_test(train, tests, root, classes, ignored):
+    """train/ and test|val/, each with class folders or with unlabelled images."""
+    listed = {d: _class_images(root / d, ignored) for d in (train, *tests)}
+    test = ([d for d in tests if listed[d][0]] or tests)[0]   # rather a labelled val/
+    names = listed[train][0] or listed[test][0] or classes
+    extra = [c for c in listed[test][0] if c not in names]
+    if extra:
+        raise DataError(f"{test}/ has class folders that {train}/ lacks: {', '.join(extra[:5])}")
+    label = {None: None, **{c: k for k, c in enumerate(names or [])}}
+    parts = [[(f"{d}/{file}", label[c]) for file, c in listed[d][1]] for d in (train, test)]
+    kinds = [d + ("/ labelled" if listed[d][0] else "/ unlabelled") for d in (train, test)]
+    unused = "".join(f", {d}/ not used" for d in tests if d != test)
+    return Found(" + ".join(kinds) + unused, *parts, names)
+
+
+def read_class_folders(root, classes, ignored):
+    """A folder per class and no split: layout 4 of this file's docstring."""
+    names, files = _class_images(root, ignored)
+    label = {c: k for k, c in enumerate(names)}
+    parts = [], []                                      # train, test
+    for file, c in files:
+        digest = hashlib.sha256(file.encode("utf-8", "surrogateescape")).digest()
+        parts[int.from_bytes(digest, "big") % 5 == 0].append((file, label[c]))
+    if not all(parts):
+        both = sum(parts, [])
+        return Found("class folders, too few images for a split: train = test", both, both, names)
+    return Found("class folders, split by a hash of the paths", *parts, names)
+
+
+def read_flat(root, classes, ignored):
+    """Images without labels: train = test = all."""
+    files = [(file, None) for file in _list(root, ignored)]
+    unused = [f", {d}/ not used" for d in _folders(root) if _has_images(root / d)]
+    return Found("flat folder, unlabelled, train = test" + "".join(unused), files, files, None)
+
+
+def recognise(root):
+    """The reader of this folder's layout, called with (root, classes, ignored), or None."""
+    for known in SETS.values():
+        official = (*known.annotations, known.images)
+        if (root / known.split).is_file() or all((root / name).exists() for name in official):
+            return partial(read_known, known)
+    for other in sorted(root.glob("split_zhou_*.json")):    # refuse, never invent another split
+        raise DataError(f"{root} holds {other.name}; known data sets: {', '.join(SETS)}")
+    folders = _folders(root)
+    named = {d.lower(): d for d in folders}
+    tests = [named[d] for d in ("test", "val", "valid", "validation") if d in named]
+    if "train" in named and tests:
+        return partial(read_train_test, named["train"], tests)
+    if sum(_has_images(root / d) for d in folders) > 1:
+        return read_class_folders
+    return read_flat if _has_images(root) else None
+
+
+# ---- load ----
+
+def load(path, classes=None, arch_hint=None):
+    """`Data` of a folder or of demo[:STYLE]. Reads every image once; prints a warning for bad ones.
+
+    classes: None, a list of names, "a,b,c", or a file with one name per line. If the folder has
+    class names of its own they must be the same in the same order (any case or underscores).
+    arch_hint: not used yet. Raises DataError.
+    """
+    path, classes = os.fspath(path), class_list(classes)
+    if path == "demo" or path.startswith("demo:"):
+        drawn = [demo_images(path[5:], part) for part in ("train", "test")]     # (images, y, names)
+        sets = [Images([f"{part}/{i:05d}.png" for i in range(len(pictures))], y, pictures=pictures)
+                for part, (pictures, y, _) in zip(("train", "test"), drawn)]
+        return _data(f"{path}, drawn here", sets, check_classes(drawn[0][2], classes), TEMPLATE)
+    root = Path(os.path.expanduser(path))
+    if not path or not os.path.isdir(root):
+        what = "is not a folder" if path and os.path.exists(root) else "no such folder"
+        raise DataError(f"{path or '(empty path)'}: {what}. {EXPECTED}")
+    ignored = Counter()
+    try:
+        reader, inside = recognise(root), ""
+        if reader is None:
+            readers = {d: reader for d in _folders(root) if (reader := recognise(root / d))}
+            if len(readers) != 1:
+                raise DataError(f"{path} holds several data sets, give one: {', '.join(readers)}"
+                                if readers else f"{path}: no images in a known layout. {EXPECTED}")
+            (folder, reader), = readers.items()
+            inside = folder + "/"
+        found = reader(root / inside, classes, ignored)
+    except OSError as e:
+        raise DataError(f"cannot read {e.filename or path}: {e.strerror or e}") from None
+    if not (found.class_names or classes):
+        raise DataError(f"{path} holds {len(found.train)} images without labels: name the classes "
+                        f"with --classes FILE|a,b,c")
+    names = check_classes(found.class_names or classes, classes)
+    parts = [[(inside + file, label) for file, label in part] for part in (found.train, found.test)]
+    bad = find_unreadable(root, sorted({file for part in parts for file, _ in part}))
+    sets = []
+    for which, part in zip(("training", "test"), parts):
+        good = [row for row in part if row[0] not in bad]
+        if not good:
+            first = f": {_text(part[0][0])} {bad[part[0][0]]}, ..." if part else ""
+            raise DataError(f"{path}: none of {len(part)} {which} images can be read{first}")
+        files, labels = zip(*good)
+        sets.append(Images(files, None if None in labels else labels, root))
+    layout = (f"in {inside}: " if inside else "") + found.layout
+    return _data(layout, sets, names, found.template, ignored)
+
+
+def _data(layout, sets, names, template, ignored=()):
+    line = (f"{layout}: {len(names)} classes, {len(sets[0])} training and {len(sets[1])} test "
+            f'images, "{template}"')
+    if ignored:
+        line += "; ignored: " + ", ".join(f"{n} {kind}" for kind, n in sorted(ignored.items()))
+    return Data(*sets, names, [template], line)
+
+
+def class_list(classes):
+    """--classes (see `load`) as a checked list of names, or None."""
+    if classes is None:
+        return None
+    if isinstance(classes, (str, os.PathLike)):
+        text = os.path.expanduser(classes)
+        if os.path.isfile(text):
+            try:
+                classes = Path(text).read_text(encoding="utf-8-sig").splitlines()
+            except (OSError, UnicodeDecodeError):
+                raise DataError(f"--classes {text}: cannot be read as UTF-8 text") from None
+        elif "," in text or not text.strip():
+            classes = text.split(",")
+        else:
+            raise DataError(f"--classes {text}: neither a file nor a list like a,b,c")
+    return check_classes([c for c in classes if c.strip()])
+
+
+def check_classes(names, wanted=None):
+    """Class names as they go into the prompt: spaces for underscores, `wanted`'s spelling if given.
+    DataError unless they are two or more, all different, and the same as `wanted` in its order."""
+    names = [" ".join(_text(c).replace("_", " ").split()) for c in names]
+    if len(names) < 2 or "" in names:
+        raise DataError(f"at least two classes with a name are needed, got {names[:5]} "
+                        f"(--classes a,b,c or a file with one name per line)")
+    twice = [c for c, n in Counter(map(str.casefold, names)).items() if n > 1]
+    if twice:
+        raise DataError(f"class names must differ, whatever their case: {', '.join(twice[:5])}")
+    for k, (a, b) in enumerate(zip_longest(wanted or names, names, fillvalue="missing"), 1):
+        if a.casefold() != b.casefold():
+            raise DataError(f"--classes must name the data's own {len(names)} classes in their "
+                            f"order: number {k} is {a}, but in the data {b}")
+    return wanted or names
+
+
+def find_unreadable(root, files):
+    """{file: reason} of those that do not decode, tried in threads; a warning line per kind."""
+    def why(file):
+        try:
+            decode(os.path.join(root, file), draft=True)
+        except FileNotFoundError:
+            return "is missing"
+        except Exception as e:                          # Pillow's plugins raise nearly anything
+            return _reason(e)
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool, warnings.catch_warnings():
+        warnings.simplefilter("ignore")                 # Pillow's, about odd but readable files
+        bad = {file: reason for file, reason in zip(files, pool.map(why, files)) if reason}
+    missing = [file for file in bad if bad[file] == "is missing"]
+    for what, group in (("missing", missing), ("unreadable", sorted(bad.keys() - set(missing)))):
+        if group and len(bad) < len(files):
+            first = ", ".join(f"{_text(file)} ({bad[file]})" for file in group[:5])
+            print(f"warning: {len(group)} of {len(files)} images {what}, skipped: {first}"
+                  + (", ..." if len(group) > 5 else ""), file=sys.stderr)
+    return bad
+
+
+# ---- small helpers ----
+
+def _text(name):
+    """A file name as printable text: composed accents, undecodable bytes escaped."""
+    return unicodedata.normalize("NFC", name.encode("utf-8", "backslashreplace").decode())
+
+
+def _reason(e):
+    if isinstance(e, Image.UnidentifiedImageError):
+        return "not an image"
+    return " ".join(str(e).split())[:80] or type(e).__name__
+
+
+def _folders(root):
+    """Sorted names of the sub-folders, hidden ones left out."""
+    return sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith("."))
+
+
+def _has_images(folder):
+    try:
+        return any(_is_image(e) for e in os.scandir(folder))
+    except PermissionError:
+        return False
+
+
+def _is_image(entry):
+    """By the name; folders and devices are not, a broken link is (it will be reported missing)."""
+    named = entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".")
+    return named and (entry.is_file() or not os.path.exists(entry.path))
+
+
+def _list(folder, ignored, deep=False, seen=()):
+    """Paths of the images, relative to folder, sorted; counts in `ignored` what it passes over."""
+    files, here = [], os.path.realpath(folder)
+    if here in seen:                                    # a link back to a folder above
+        return files
+    for e in sorted(os.scandir(folder), key=lambda e: e.name):
+        if e.name.startswith("."):
+            ignored["hidden"] += 1
+        elif e.is_dir():
+            if deep:
+                files += [f"{e.name}/{f}" for f in _list(e.path, ignored, deep, (*seen, here))]
+        elif _is_image(e):
+            files.append(e.name)
+        else:
+            ignored[os.path.splitext(e.name)[1].lower() or "without extension"] += 1
+    return files
+
+
+def _class_images(folder, ignored):
+    """(class names, [(path, class name), ...]), or ([], [(path, None), ...]) if there are no class
+    folders. The order of the classes is that of torchvision's ImageFolder."""
+    inside = {d: _list(os.path.join(folder, d), ignored, deep=True) for d in _folders(folder)}
+    names = [d for d in inside if inside[d]]
+    direct = _list(folder, ignored)
+    if not names:
+        return [], [(file, None) for file in direct]
+    if direct:
+        ignored["images outside the class folders"] += len(direct)
+    return names, [(f"{d}/{file}", d) for d in names for file in inside[d]]
+
+
+# ---- demo ----
+
+def demo_images(name, split):
+    """(list of PIL images, list of int labels, class names) of a demo style; "" is the default."""
+    raise DataError("the demo is not drawn yet")
+
+
+# ---- main ----
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Print what is found in a folder.")
+    parser.add_argument("path", help="folder, or demo[:STYLE]")
+    parser.add_argument("--classes", help="a,b,c or a file with one class name per line")
+    args = parser.parse_args(argv)
+    try:
+        found = load(args.path, args.classes)
+    except DataError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    print(found.description)
+    print(f"classes: {', '.join(found.class_names)}")
+    for name, images in (("train", found.train), ("test", found.test)):
+        for i in torch.linspace(0, len(images) - 1, min(5, len(images))).long().tolist():
+            label = "?" if images.y_true is None else found.class_names[images.y_true[i]]
+            print(f"{name:5}  {label:20}  {images.names[i]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
