@@ -1,0 +1,553 @@
+"""CoFT: adapt CLIP to your images without a single label (arXiv 2602.04337).
+
+CLIP's own guesses are the labels, and many are wrong. Two copies of the model learn, besides the
+usual prompt of each class ("positive"), a second prompt ("negative") that says when the first one
+should not be believed; each model then learns only from what the other one calls clean. First
+light modules are trained (phase 1: prompts and visual adapters), then, from the cleaned labels,
+the whole image encoder (phase 2).
+
+    p0 = posterior(f, t0, tau)                      CLIP's zero-shot guess                  Eq. 1
+    y, high = pseudo_labels(p0, rho)                confident subset, every class           Eq. 2
+    phase 1, for me, peer in ((0, 1), (1, 0)):
+        l_pos, l_neg = tau f(x).t+, tau f(x).t-     two prompts per class                   Eq. 3
+        keep = high & (p_clean of the peer > 1/2)   no threshold to tune                    Eq. 4
+        loss = loss_cls(l_pos, y, keep) + lam * loss_neg(l_pos, l_neg, y, y_bar)            Eq. 5-7
+    phase 2, all weights of the image encoder:
+        y, keep = the peer's label and verdict on the plain view of x
+        loss = loss_cls(f(strong view of x).t, y, keep) + gamma * fairness(p)               Eq. 8
+    prediction = mean of the two softmaxes                                                  Eq. 9
+
+B batch, C classes, D embedding, L context tokens, N images, P prompt tokens per block, W width;
+tau = exp(logit_scale), f(x) and t unit vectors, sg = stop-gradient.
+
+Run:  python coft.py                                    the demo, offline, about a minute
+      python coft.py --data ./oxford_pets               real data with OpenAI's CLIP
+      python coft.py --data ./photos --classes cat,dog  a folder of unlabelled photos
+"""
+import argparse
+import copy
+import csv
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+
+import clip
+import data
+
+# ======== equations ========
+
+
+def posterior(f, t, tau):
+    """Eq. (1): p_k(x) = softmax_k(tau f(x).t_k). f (B, D), t (C, D) unit vectors -> (B, C)."""
+    return (tau * f @ t.T).softmax(dim=1)
+
+
+def pseudo_labels(p0, rho):
+    """Eq. (2): y = argmax_k p0_k; high: per class the ceil(rho N / C) images with the largest p0_y.
+
+    A class that is nobody's argmax takes the images with the largest p0 in its column, so that no
+    class is left without images. p0 (N, C) -> y (N,), high (N,) bool.
+    """
+    N, C = p0.shape
+    y, high, n = p0.argmax(dim=1), torch.zeros(N, dtype=torch.bool), math.ceil(rho * N / C)
+    for k in range(C):
+        if (y == k).any():
+            mine = p0[:, k].masked_fill(y != k, -1).topk(min(n, int((y == k).sum()))).indices
+        else:
+            mine = p0[:, k].topk(min(n, N)).indices
+            y[mine] = k
+        high[mine] = True
+    return y, high
+
+
+def logits(f, t_pos, t_neg, tau):
+    """Eq. (3): l+_k = tau f(x).t+_k, l-_k = tau f(x).t-_k. f (B, D), t (C, D) -> 2 x (B, C)."""
+    return tau * f @ t_pos.T, tau * f @ t_neg.T
+
+
+def log_p_clean(l_pos, l_neg):
+    """Eq. (4): p_clean_k = sigmoid(l+_k - l-_k). (B, C) -> log p_clean, log(1 - p_clean)."""
+    return F.logsigmoid(l_pos - l_neg), F.logsigmoid(l_neg - l_pos)
+
+
+def loss_cls(l_pos, y, keep):
+    """Eq. (5): mean of -log softmax(l+)_y over the kept images; 0 if none is kept."""
+    loss = F.cross_entropy(l_pos, y, reduction="none")                  # (B,)
+    return (loss * keep).sum() / keep.sum().clamp(min=1)
+
+
+def complementary_labels(p, y):
+    """ybar of Eq. (6): a class other than y, drawn from p without y: a likely mistake.
+    p (B, C), y (B,) -> (B,)."""
+    others = (p + 1e-6).scatter(1, y[:, None], 0.0)                     # (B, C)
+    return torch.multinomial(others, 1)[:, 0]
+
+
+def loss_neg(l_pos, l_neg, y, y_bar):
+    """Eq. (6): mean of -log p_clean_y - log(1 - p_clean_ybar)."""
+    log_clean, log_unclean = log_p_clean(l_pos, l_neg)                  # (B, C) each
+    return -(log_clean.gather(1, y[:, None]) + log_unclean.gather(1, y_bar[:, None])).mean()
+
+
+def align(p, strength=1.0):
+    """Distribution alignment (decided here, for Eq. 8): p_k / (mean over all images of p_k), then
+    normalised: no class may swallow the others. p (N, C) -> (N, C)."""
+    p = p / p.mean(dim=0, keepdim=True).clamp(min=1e-3) ** strength     # (N, C)
+    return p / p.sum(dim=1, keepdim=True)
+
+
+def fairness(l):
+    """Decided here, for Eq. 8: -mean_k log(mean over the batch of softmax(l)_k). l (B, C)."""
+    return -l.softmax(dim=1).mean(dim=0).clamp(min=1e-6).log().mean()
+
+
+def mean_prediction(p):
+    """Eq. (9): the mean of the two models' softmax. 2 x (N, C) -> (N, C)."""
+    return (p[0] + p[1]) / 2
+
+
+# ======== modules ========
+
+
+class Prompt(nn.Module):
+    """L learnable context vectors V before each class name: [V_1] ... [V_L] cat. -> (C, D) unit.
+
+    V is shared by all classes, or there is one per class (of its own). It starts from the words
+    that stand before the class name in the template ("a photo of a" if none do), so that training
+    starts at CLIP's zero-shot classifier.
+    """
+    def __init__(self, model, class_names, template, noise, of_its_own):
+        super().__init__()
+        words = template.split("{}")[0].strip() or "a photo of a"
+        L = int((clip.tokenize(words)[0] > 0).sum()) - 2                # without <sot> and <eot>
+        rest = template.split("{}", 1)[1]
+        tokens = clip.tokenize([f"{words} {c}{rest}" for c in class_names], truncate=True)
+        tokens = tokens.to(model.token_embedding.weight.device)
+        with torch.no_grad():
+            emb = model.token_embedding(tokens)                         # (C, 77, W)
+        start = emb[:len(emb) if of_its_own else 1, 1:1 + L]            # (C or 1, L, W)
+        self.V = nn.Parameter(start + noise * torch.randn_like(start))
+        self.register_buffer("before", emb[:, :1], persistent=False)            # (C, 1, W) <sot>
+        self.register_buffer("after", emb[:, 1 + L:], persistent=False)         # (C, 76 - L, W)
+        self.register_buffer("eot", tokens.argmax(dim=1), persistent=False)     # (C,)
+
+    def forward(self, model):
+        V = self.V.expand(len(self.eot), -1, -1)                        # (C, L, W)
+        emb = torch.cat([self.before, V, self.after], dim=1)            # (C, 77, W)
+        return F.normalize(model.encode_text_embeddings(emb, self.eot, chunk=256), dim=-1)
+
+
+class LoRA(nn.Module):
+    """Low-rank update of the q and v projections of one block (arXiv 2106.09685); starts at 0."""
+    def __init__(self, width, rank=4):
+        super().__init__()
+        self.down = nn.Linear(width, 2 * rank, bias=False)
+        self.q, self.v = (nn.Linear(rank, width, bias=False) for _ in range(2))
+        nn.init.zeros_(self.q.weight)
+        nn.init.zeros_(self.v.weight)
+
+    def forward(self, site, h):                                         # h (B, T, W)
+        if site != "qkv":
+            return None
+        q, v = self.down(h).chunk(2, dim=-1)
+        q, v = self.q(q), self.v(v)
+        return torch.cat([q, torch.zeros_like(q), v], dim=-1)           # (B, T, 3W)
+
+
+class Bottleneck(nn.Module):
+    """Adapter beside the MLP of one block (or after one ResNet stage); starts at 0."""
+    def __init__(self, width, rank=16):
+        super().__init__()
+        self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, site, h):                                         # h (..., W)
+        return None if site == "qkv" else self.up(F.relu(self.down(h)))
+
+
+class Model(nn.Module):
+    """One of the two models: V+, V-, the light visual modules and, in phase 2, an image encoder
+    and a classifier (C, D) of its own. CLIP itself is frozen and shared."""
+    def __init__(self, model, class_names, template, peft, P):
+        super().__init__()
+        self.pos = Prompt(model, class_names, template, noise=0.01, of_its_own=False)
+        self.neg = Prompt(model, class_names, template, noise=0.01, of_its_own=True)
+        self.prompts = self.adapters = self.visual = self.classifier = None
+        if peft == "vpt":                                               # VPT-deep, arXiv 2203.12119
+            layers, width = model.visual.transformer.layers, model.visual.transformer.width
+            self.prompts = nn.Parameter(0.02 * torch.randn(layers, P, width))
+        else:
+            kind = {"lora": LoRA, "adapter": Bottleneck}[peft]
+            self.adapters = nn.ModuleList(kind(w) for w in model.visual.adapter_widths)
+
+    def unfreeze(self, model):
+        """Phase 2: own copy of the image encoder; the classifier starts at t+."""
+        self.visual = copy.deepcopy(model.visual).requires_grad_(True)
+        self.classifier = nn.Parameter(self.pos(model).detach())
+        self.pos.requires_grad_(False)
+
+    def text(self, model):
+        """The classifier (C, D), unit rows: t+ in phase 1, then the matrix that started there."""
+        return self.pos(model) if self.classifier is None else F.normalize(self.classifier, dim=-1)
+
+    def groups(self, lr1, lr2):
+        """What learns, and how fast. Word vectors take steps relative to their own size."""
+        word = lr1 * float(self.pos.V.detach().std()) / 0.06
+        light = [v for v in (self.prompts, *(self.adapters or nn.Module()).parameters())
+                 if v is not None]
+        groups = [{"params": light, "lr": lr1 if self.visual is None else lr2},
+                  {"params": [self.neg.V], "lr": 2.5 * word}]
+        if self.visual is None:
+            return groups + [{"params": [self.pos.V], "lr": word}]
+        return groups + [{"params": self.visual.parameters(), "lr": lr2, "weight_decay": 0.01},
+                         {"params": [self.classifier], "lr": lr1}]
+
+    def features(self, model, x):
+        """Images (B, 3, R, R) -> unit features (B, D)."""
+        visual = self.visual or model.visual
+        return F.normalize(visual(x, self.prompts, self.adapters).float(), dim=-1)
+
+
+# ======== training ========
+
+
+@torch.no_grad()
+def judge(model, models, batches, N, autocast):
+    """Both models' opinions on the plain views: softmax p and p_clean, each (2, N, C)."""
+    tau, p, p_clean = model.logit_scale.exp(), [], []
+    for me in models:
+        with autocast():
+            t_pos, t_neg = me.text(model).float(), me.neg(model).float()        # (C, D) each
+        p.append(torch.zeros(N, len(t_pos)))
+        p_clean.append(torch.zeros(N, len(t_pos)))
+        for x, i in batches:
+            with autocast():
+                f = me.features(model, x.to(tau.device, non_blocking=True))     # (B, D)
+            p[-1][i] = posterior(f, t_pos, tau).cpu()
+            p_clean[-1][i] = log_p_clean(*logits(f, t_pos, t_neg, tau))[0].exp().cpu()
+    return torch.stack(p), torch.stack(p_clean)
+
+
+def verdicts(phase, p, p_clean, y0, high, threshold=None, single=False):
+    """What each model is taught next: labels y (2, N) and the peer's verdict keep (2, N) bool.
+
+    Phase 1: the zero-shot labels of the confident images. Phase 2: the peer's current labels, so
+    images come in as they become clean. threshold: keep where the peer's p_y is above it, instead
+    of p_clean_y > 1/2 (for comparison). p (2, N, C), aligned; p_clean (2, N, C).
+    """
+    y, keep = [], []
+    for me, peer in ((0, 1), (1, 0)):
+        peer = me if single else peer
+        y.append(y0 if phase == 1 else p[peer].argmax(dim=1))                   # (N,)
+        score = p_clean[peer] if threshold is None else p[peer]                 # (N, C)
+        clean = score.gather(1, y[me][:, None])[:, 0] > (0.5 if threshold is None else threshold)
+        keep.append(clean & high if phase == 1 else clean)                      # (N,)
+    return torch.stack(y), torch.stack(keep)
+
+
+def phase1_loss(model, me, x, y, keep, y_peer, y_bar, lam, neg_grad, autocast):
+    """Eq. (7): L_cls + lam L_neg, for the prompts and the light visual modules.
+
+    L_neg sees every image, with the peer's label y_peer (B,): it will have to judge them all. l+
+    enters it as a constant, f(x) does not (neg_grad): V- also shapes the visual modules.
+    """
+    tau = model.logit_scale.exp()
+    with autocast():
+        f, t_pos, t_neg = me.features(model, x), me.pos(model), me.neg(model)   # (B, D), (C, D) x 2
+    t_pos, t_neg = t_pos.float(), t_neg.float()
+    l_pos, _ = logits(f, t_pos, t_neg, tau)                                     # (B, C)
+    judged = logits(f if neg_grad else f.detach(), t_pos.detach(), t_neg, tau)  # (B, C) x 2
+    return loss_cls(l_pos, y, keep) + lam * loss_neg(*judged, y_peer, y_bar)
+
+
+def phase2_loss(model, me, x, y, keep, y_peer, y_bar, gamma, autocast):
+    """Eq. (8): the strong view learns the label that the peer gave the plain view. V- goes on
+    learning to judge, but as a spectator: no gradient of L_neg reaches f or the classifier."""
+    tau = model.logit_scale.exp()
+    with autocast():
+        f, t_neg = me.features(model, x), me.neg(model).float()                 # (B, D), (C, D)
+    t = me.text(model)                                                          # (C, D)
+    l, _ = logits(f, t, t_neg, tau)                                             # (B, C)
+    judged = logits(f.detach(), t.detach(), t_neg, tau)                         # (B, C) x 2
+    return loss_cls(l, y, keep) + gamma * fairness(l) + loss_neg(*judged, y_peer, y_bar)
+
+
+@torch.no_grad()
+def ema_update(teacher, student, decay):
+    """teacher <- decay teacher + (1 - decay) student."""
+    for t, s in zip(teacher.parameters(), student.parameters()):
+        t.lerp_(s, 1 - decay)
+
+
+# ======== evaluation ========
+
+
+@torch.no_grad()
+def zero_shot(model, class_names, templates, batches, N, autocast):
+    """Eq. (1) for N images: (N, C). The text features of several templates are averaged."""
+    tau, p0 = model.logit_scale.exp(), torch.zeros(N, len(class_names))
+    with autocast():
+        t0 = sum(F.normalize(model.encode_text(clip.tokenize(
+            [template.format(c) for c in class_names], truncate=True).to(tau.device), chunk=256
+            ).float(), dim=-1) for template in templates)
+    t0 = F.normalize(t0, dim=-1)                                                # (C, D)
+    for x, i in batches:
+        with autocast():
+            f = model.encode_image(x.to(tau.device, non_blocking=True))         # (B, D)
+        p0[i] = posterior(F.normalize(f.float(), dim=-1), t0, tau).cpu()
+    return p0
+
+
+def accuracy(p, y_true):
+    """Percent of the images whose argmax_k p_k is the true class; None without labels."""
+    return None if y_true is None else round(float((p.argmax(1) == y_true).double().mean()) * 100, 2)
+
+
+def auroc(score, right):
+    """Probability that a right label scores above a wrong one, a tie counting half; None if there
+    are no right or no wrong ones. score (N,), right (N,) bool."""
+    values, rank = score.double().unique(return_inverse=True)
+    n = torch.bincount(rank, minlength=len(values)).double()                    # images per value
+    mean_rank = (n.cumsum(0) - (n - 1) / 2)[rank]                               # (N,)
+    a, b = int(right.sum()), int((~right).sum())
+    area = mean_rank[right].sum() - a * (a + 1) / 2
+    return round(float(area / (a * b)), 4) if a and b else None
+
+
+def diagnostics(p, p_clean, y, keep, y_true):
+    """How good the filter is, as means over the two models: share and precision of the labels that
+    are kept, and how well p_clean and the maximum softmax each tell when the model is right."""
+    found = {"kept": round(float(keep.float().mean()), 4)}
+    if y_true is not None:                                                      # diagnostics only
+        found["precision"] = round(float((y == y_true)[keep].double().mean()), 4)
+        for key, score in (("auroc", p_clean), ("auroc_softmax", p)):
+            each = [auroc(s.gather(1, q.argmax(1, True))[:, 0], q.argmax(1) == y_true)
+                    for q, s in zip(p, score)]
+            found[key] = None if None in each else round(sum(each) / 2, 4)
+    return found
+
+
+# ======== main ========
+
+
+def precision(amp, device):
+    """(autocast, GradScaler) of --amp. Weights are fp32 throughout; fp16 needs its loss scaled."""
+    if amp == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        amp = "bf16" if bf16 else "fp16" if device.type == "cuda" else "off"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16" and device.type == "cuda")
+    return (lambda: torch.autocast(device.type, dtype) if dtype else nullcontext()), scaler
+
+
+def adapt(args):
+    """The whole run: zero-shot, phase 1, phase 2, the files. Returns the summary."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else
+                             "mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(device)
+    torch.manual_seed(args.seed)
+    found = data.load(args.data, args.classes)
+    names, N, N_test = found.class_names, len(found.train), len(found.test)
+    y_true = found.train.y_true                                                 # diagnostics only
+    arch = args.arch or ("tiny" if args.data.split(":")[0] == "demo" else "ViT-B/16")
+    model, _ = clip.load(args.weights or arch, device=device)
+    model.requires_grad_(False)
+    if args.peft != "adapter" and not hasattr(model.visual, "transformer"):
+        raise data.DataError(f"--peft {args.peft} needs a ViT; a ResNet takes --peft adapter")
+    lr2 = args.lr2 or (2e-4 if arch == "tiny" else 1e-5)
+    workers = args.workers
+    if workers is None:
+        workers = 0 if found.train.pictures else min(8, os.cpu_count() or 1)
+    run = data.Run(args.out, vars(args), args.resume, args.overwrite)
+    run.say(found.description)
+    autocast, scaler = precision(args.amp, device)
+    plain_view, weak, strong = data.transforms(model.visual.input_resolution)
+
+    def batches(images, view, **how):
+        return data.loader(images.view(view), args.batch_size, workers=workers,
+                           device=device, **how)
+
+    plain, test = batches(found.train, plain_view), batches(found.test, plain_view)
+    p0, p0_test = (zero_shot(model, names, found.templates, b, n, autocast)
+                   for b, n in ((plain, N), (test, N_test)))                    # (N, C) each
+    zero = accuracy(p0_test, found.test.y_true)
+    y0, high = pseudo_labels(align(p0, args.align), args.rho)                   # (N,) each
+    run.say(f"zero-shot: {'no labels, no accuracy' if zero is None else f'{zero:.2f} %'}")
+
+    # Two models that differ in their random numbers, and EMA copies of them that judge and predict.
+    models = nn.ModuleList(Model(model, names, found.templates[0], args.peft, args.prompt_tokens)
+                           for _ in range(2)).to(device)
+    p, p_clean = torch.stack([p0, p0]), torch.ones(2, *p0.shape)                # until they differ
+    saved, seen, busy = run.state, 0, 0.0                                       # images, seconds
+    for phase, epochs, view in ((1, args.epochs1, weak), (2, args.epochs2, strong)):
+        if phase == 2:
+            for me in models:
+                me.unfreeze(model)
+        teachers = copy.deepcopy(models).requires_grad_(False)
+        if saved and saved["phase"] > phase:
+            continue
+        loaders = [batches(found.train, view, shuffle=True, seed=4 * args.seed + 2 * phase + m,
+                           drop_last=True) for m in range(2)]
+        total = min(epochs * len(loaders[0]), args.max_steps or math.inf)
+        optimizers = [torch.optim.AdamW(me.groups(args.lr1, lr2), weight_decay=0.0)
+                      for me in models]
+        schedules = [torch.optim.lr_scheduler.LambdaLR(
+            o, lambda k, total=total: (1 + math.cos(math.pi * min(1, k / max(1, total)))) / 2)
+            for o in optimizers]
+        parts = {"models": models, "teachers": teachers, "scaler": scaler,
+                 **{f"optimizer{m}": o for m, o in enumerate(optimizers)},
+                 **{f"schedule{m}": s for m, s in enumerate(schedules)}}
+        first = step = 0
+        if saved:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            torch.set_rng_state(saved["rng"])
+            first, step, seen, busy = (saved[k] for k in ("epoch", "step", "seen", "busy"))
+            for loader in loaders:
+                loader.sampler.epoch = first
+            saved, (p, p_clean) = None, judge(model, teachers, plain, N, autocast)
+
+        for epoch in range(first, epochs):
+            if step >= total:
+                break
+            start, loss_sum, count = time.time(), 0.0, 0
+            aligned = torch.stack([align(q, args.align) for q in p])            # (2, N, C)
+            y, keep = verdicts(phase, aligned, p_clean, y0, high, args.threshold, args.single)
+            y_peer = aligned.argmax(dim=2)                                      # (2, N)
+            for pair in zip(*loaders):
+                for me, peer in ((0, 1), (1, 0)):
+                    peer = me if args.single else peer
+                    x, i = pair[me]                                             # (B, 3, R, R), (B,)
+                    y_bar = complementary_labels(aligned[peer, i], y_peer[peer, i])
+                    labels = [t.to(device) for t in (y[me, i], keep[me, i], y_peer[peer, i], y_bar)]
+                    x = x.to(device, non_blocking=True)
+                    if phase == 1:
+                        loss = phase1_loss(model, models[me], x, *labels, args.lam, args.neg_grad,
+                                           autocast)
+                    else:
+                        loss = phase2_loss(model, models[me], x, *labels, args.gamma, autocast)
+                    optimizers[me].zero_grad()
+                    scaler.scale(loss).backward()
+                    scaler.step(optimizers[me])
+                    schedules[me].step()
+                    ema_update(teachers[me], models[me],
+                               0.0 if phase == 1 else min(0.99, (step + 1) / (step + 10)))
+                    loss_sum, count, seen = loss_sum + loss.item(), count + 1, seen + len(i)
+                scaler.update()
+                step += 1
+                speed = seen / (busy + time.time() - start)
+                run.live(f"phase {phase} epoch {epoch + 1}/{epochs} step {step}/{total} loss "
+                         f"{loss_sum / count:.3f} {speed:.0f} img/s, "
+                         f"{(total - step) * 2 * args.batch_size / speed:.0f} s left in this phase")
+                if step >= total:
+                    break
+            busy += time.time() - start
+            if not math.isfinite(loss_sum):
+                raise data.DataError(f"the loss became {loss_sum} in phase {phase}, epoch "
+                                     f"{epoch + 1}: lower --lr{phase}; last.pt is the epoch before")
+            p, p_clean = judge(model, teachers, plain, N, autocast)             # (2, N, C) each
+            p_test, clean_test = judge(model, teachers, test, N_test, autocast)
+            score = accuracy(mean_prediction(p_test), found.test.y_true)
+            facts = diagnostics(p, p_clean, y, keep, y_true)
+            run.log(phase=phase, epoch=epoch + 1, loss=round(loss_sum / count, 4), accuracy=score,
+                    **facts, images_per_second=round(seen / busy), peak_memory_gb=data.peak_memory_gb(
+                        device), seconds=round(time.time() - run.start, 1))
+            run.say(f"phase {phase} epoch {epoch + 1}/{epochs}  loss {loss_sum / count:.3f}"
+                    + ("" if score is None else f"  accuracy {score:.2f} %") + "".join(
+                        f"  {k} {v}" for k, v in facts.items()) + f"  {seen / busy:.0f} img/s")
+            run.save("last.pt", {"phase": phase, "epoch": epoch + 1, "step": step, "seen": seen,
+                                 "busy": busy, "rng": torch.get_rng_state(), "log": run.lines,
+                                 "seconds": time.time() - run.start,
+                                 **{k: part.state_dict() for k, part in parts.items()}})
+        if phase == 1 and epochs:
+            data.contact_sheet(run.out / "pseudo_labels.png", found.train, names,
+                               mean_prediction(p), mean_prediction(p_clean))
+
+    p_test, clean_test = judge(model, teachers, test, N_test, autocast)
+    data.write_predictions(run.out / "predictions.csv", found.test.names, names,
+                           mean_prediction(p_test), mean_prediction(clean_test))
+    run.save("model.pt", {"models": teachers.state_dict(), "class_names": names, "arch": arch,
+                          "templates": found.templates, "peft": args.peft})
+    summary = {"zero_shot": zero, "accuracy": accuracy(mean_prediction(p_test), found.test.y_true),
+               "seconds": round(time.time() - run.start, 1),
+               "images_per_second": round(seen / busy) if busy else None,
+               "peak_memory_gb": data.peak_memory_gb(device)}
+    run.log(**summary)
+    gain = "" if zero is None else f"accuracy {summary['accuracy']:.2f} % (zero-shot {zero:.2f} %), "
+    run.say(f"{gain}{summary['seconds']:.0f} s, results in {run.out}")
+    return summary
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(
+        description="CoFT: adapt CLIP to unlabelled images. Without arguments: the offline demo.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
+    add("--data", default="demo", help="folder of images (see data.py), or demo[:STYLE]")
+    add("--classes", help="class names: a,b,c or a file with one per line")
+    add("--arch", help="tiny, ViT-B/16, ...; default: tiny for the demo, else ViT-B/16")
+    add("--weights", help="CLIP weights from disk: OpenAI, open_clip or Hugging Face")
+    add("--out", help="run folder; default: the first free runs/coft-N")
+    add("--seed", type=int, default=0, help="every random number follows from it")
+    add("--device", help="cuda, cuda:1, mps, cpu; default: the best there is")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
+        help="mixed precision; auto: bf16 or fp16 on CUDA, off elsewhere")
+    add("--batch-size", type=int, default=64, help="images per step and model")
+    add("--workers", type=int, default=None, help="loader processes; default: 0 for the demo, "
+        "else one per core, 8 at most")
+    add("--max-steps", type=int, help="stop each phase after so many steps, to try things out")
+    add("--resume", default=False, help="continue the run in --out", **switch)
+    add("--overwrite", default=False, help="replace the run in --out", **switch)
+    add("--peft", choices=["vpt", "lora", "adapter"], default="vpt",
+        help="light visual modules: deep prompts, LoRA on q and v, or bottleneck adapters")
+    add("--prompt-tokens", type=int, default=4, help="P of --peft vpt")
+    add("--epochs1", type=int, default=6, help="of phase 1")
+    add("--epochs2", type=int, default=6, help="of phase 2; 0 leaves it out")
+    add("--lr1", type=float, default=2e-3, help="of the light modules (AdamW, cosine)")
+    add("--lr2", type=float, help="of the image encoder; default: 2e-4 for tiny, else 1e-5")
+    add("--rho", type=float, default=0.3, help="share of the images that phase 1 learns from, Eq. 2")
+    add("--lam", type=float, default=1.0, help="weight of L_neg, Eq. 7")
+    add("--gamma", type=float, default=1.0, help="weight of the fairness term, Eq. 8")
+    add("--align", type=float, default=1.0, help="strength of distribution alignment; 0: off")
+    add("--neg-grad", default=True, help="L_neg also trains the visual modules", **switch)
+    add("--threshold", type=float, help="keep where p_y is above it, instead of p_clean > 1/2")
+    add("--single", default=False, help="one model is its own peer, for comparison", **switch)
+    args = parser.parse_args(argv)
+    free = (f"runs/coft-{n}" for n in range(1, 10_000) if not os.path.exists(f"runs/coft-{n}"))
+    args.out = args.out or next(free)
+    return args
+
+
+def main(argv=None):
+    """Command line. Returns the exit status: 0, 2 for a mistake of the user's, 130 if stopped."""
+    def stop(*_):
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, stop)
+    args = parse(argv)
+    try:
+        adapt(args)
+    except (data.DataError, clip.CLIPError) as e:
+        print(f"error: {e}", file=sys.stderr)
+    except torch.cuda.OutOfMemoryError:
+        print(f"error: out of GPU memory, lower --batch-size {args.batch_size}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped; continue with --resume and the same --out", file=sys.stderr)
+        return 130
+    else:
+        return 0
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
