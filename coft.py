@@ -34,6 +34,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,17 +56,18 @@ def posterior(f, t, tau):
 def pseudo_labels(p0, rho):
     """Eq. (2): y = argmax_k p0_k; high: per class the ceil(rho N / C) images with the largest p0_y.
 
-    A class that is nobody's argmax takes the images with the largest p0 in its column, so that no
-    class is left without images. p0 (N, C) -> y (N,), high (N,) bool.
+    A class that is nobody's argmax takes the largest p0 of its column from the classes that have
+    more than they need, so that none is left empty. p0 (N, C) -> y (N,), high (N,) bool.
     """
     N, C = p0.shape
     y, high, n = p0.argmax(dim=1), torch.zeros(N, dtype=torch.bool), math.ceil(rho * N / C)
     for k in range(C):
-        if (y == k).any():
-            mine = p0[:, k].masked_fill(y != k, -1).topk(min(n, int((y == k).sum()))).indices
-        else:
-            mine = p0[:, k].topk(min(n, N)).indices
+        if not (y == k).any():                      # from classes that have images to spare
+            spare = torch.bincount(y, minlength=C)[y] > n
+            mine = p0[:, k].masked_fill(~spare, -1).topk(min(n, int(spare.sum()))).indices
             y[mine] = k
+    for k in range(C):
+        mine = p0[:, k].masked_fill(y != k, -1).topk(min(n, int((y == k).sum()))).indices
         high[mine] = True
     return y, high
 
@@ -207,7 +209,7 @@ class Model(nn.Module):
         light = [v for v in (self.prompts, *(self.adapters or nn.Module()).parameters())
                  if v is not None]
         groups = [{"params": light, "lr": lr1 if self.visual is None else lr2},
-                  {"params": [self.neg.V], "lr": 2.5 * word}]
+                  {"params": [self.neg.V], "lr": 10 * word}]
         if self.visual is None:
             return groups + [{"params": [self.pos.V], "lr": word}]
         return groups + [{"params": self.visual.parameters(), "lr": lr2, "weight_decay": 0.01},
@@ -256,8 +258,8 @@ def verdicts(phase, p, p_clean, y0, high, threshold=None, single=False):
     return torch.stack(y), torch.stack(keep)
 
 
-def phase1_loss(model, me, x, y, keep, y_peer, y_bar, lam, neg_grad, autocast):
-    """Eq. (7): L_cls + lam L_neg, for the prompts and the light visual modules.
+def phase1_loss(model, me, x, y, keep, y_peer, y_bar, lam, gamma, neg_grad, autocast):
+    """Eq. (7): L_cls + lam L_neg (+ fairness), for the prompts and the light visual modules.
 
     L_neg sees every image, with the peer's label y_peer (B,): it will have to judge them all. l+
     enters it as a constant, f(x) does not (neg_grad): V- also shapes the visual modules.
@@ -268,7 +270,8 @@ def phase1_loss(model, me, x, y, keep, y_peer, y_bar, lam, neg_grad, autocast):
     t_pos, t_neg = t_pos.float(), t_neg.float()
     l_pos, _ = logits(f, t_pos, t_neg, tau)                                     # (B, C)
     judged = logits(f if neg_grad else f.detach(), t_pos.detach(), t_neg, tau)  # (B, C) x 2
-    return loss_cls(l_pos, y, keep) + lam * loss_neg(*judged, y_peer, y_bar)
+    loss = loss_cls(l_pos, y, keep) + lam * loss_neg(*judged, y_peer, y_bar)
+    return loss + gamma * fairness(l_pos)
 
 
 def phase2_loss(model, me, x, y, keep, y_peer, y_bar, gamma, autocast):
@@ -281,6 +284,12 @@ def phase2_loss(model, me, x, y, keep, y_peer, y_bar, gamma, autocast):
     l, _ = logits(f, t, t_neg, tau)                                             # (B, C)
     judged = logits(f.detach(), t.detach(), t_neg, tau)                         # (B, C) x 2
     return loss_cls(l, y, keep) + gamma * fairness(l) + loss_neg(*judged, y_peer, y_bar)
+
+
+def warm_cosine(step, total):
+    """Learning rate factor: up in a line over the first tenth, then down to 0 as a cosine. Without
+    the warm-up Adam's first steps, all of full size, would undo what phase 1 has learnt."""
+    return min(1, (step + 1) / (0.1 * total + 1), 0.5 + 0.5 * math.cos(math.pi * step / total))
 
 
 @torch.no_grad()
@@ -330,7 +339,8 @@ def diagnostics(p, p_clean, y, keep, y_true):
     are kept, and how well p_clean and the maximum softmax each tell when the model is right."""
     found = {"kept": round(float(keep.float().mean()), 4)}
     if y_true is not None:                                                      # diagnostics only
-        found["precision"] = round(float((y == y_true)[keep].double().mean()), 4)
+        right = (y == y_true)[keep].double()
+        found["precision"] = round(float(right.mean()), 4) if len(right) else None
         for key, score in (("auroc", p_clean), ("auroc_softmax", p)):
             each = [auroc(s.gather(1, q.argmax(1, True))[:, 0], q.argmax(1) == y_true)
                     for q, s in zip(p, score)]
@@ -355,7 +365,10 @@ def adapt(args):
     """The whole run: zero-shot, phase 1, phase 2, the files. Returns the summary."""
     device = args.device or ("cuda" if torch.cuda.is_available() else
                              "mps" if torch.backends.mps.is_available() else "cpu")
-    device = torch.device(device)
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as e:
+        raise data.DataError(f"--device {device} cannot be used: {str(e).splitlines()[0]}") from None
     torch.manual_seed(args.seed)
     found = data.load(args.data, args.classes)
     names, N, N_test = found.class_names, len(found.train), len(found.test)
@@ -365,7 +378,7 @@ def adapt(args):
     model.requires_grad_(False)
     if args.peft != "adapter" and not hasattr(model.visual, "transformer"):
         raise data.DataError(f"--peft {args.peft} needs a ViT; a ResNet takes --peft adapter")
-    lr2 = args.lr2 or (2e-4 if arch == "tiny" else 1e-5)
+    lr2 = args.lr2 or (3e-4 if arch == "tiny" else 1e-5)
     workers = args.workers
     if workers is None:
         workers = 0 if found.train.pictures else min(8, os.cpu_count() or 1)
@@ -383,14 +396,14 @@ def adapt(args):
                    for b, n in ((plain, N), (test, N_test)))                    # (N, C) each
     zero = accuracy(p0_test, found.test.y_true)
     y0, high = pseudo_labels(align(p0, args.align), args.rho)                   # (N,) each
-    run.say(f"zero-shot: {'no labels, no accuracy' if zero is None else f'{zero:.2f} %'}")
+    run.say("no labels: predictions only" if zero is None else f"zero-shot accuracy {zero:.2f} %")
 
     # Two models that differ in their random numbers, and EMA copies of them that judge and predict.
     models = nn.ModuleList(Model(model, names, found.templates[0], args.peft, args.prompt_tokens)
                            for _ in range(2)).to(device)
     p, p_clean = torch.stack([p0, p0]), torch.ones(2, *p0.shape)                # until they differ
     saved, seen, busy = run.state, 0, 0.0                                       # images, seconds
-    for phase, epochs, view in ((1, args.epochs1, weak), (2, args.epochs2, strong)):
+    for phase, epochs, view in ((1, args.epochs1, weak), (2, args.epochs2, strong if args.strong_view else weak)):
         if phase == 2:
             for me in models:
                 me.unfreeze(model)
@@ -399,12 +412,11 @@ def adapt(args):
             continue
         loaders = [batches(found.train, view, shuffle=True, seed=4 * args.seed + 2 * phase + m,
                            drop_last=True) for m in range(2)]
-        total = min(epochs * len(loaders[0]), args.max_steps or math.inf)
+        total = min(epochs * len(loaders[0]), args.max_steps)
         optimizers = [torch.optim.AdamW(me.groups(args.lr1, lr2), weight_decay=0.0)
                       for me in models]
-        schedules = [torch.optim.lr_scheduler.LambdaLR(
-            o, lambda k, total=total: (1 + math.cos(math.pi * min(1, k / max(1, total)))) / 2)
-            for o in optimizers]
+        schedules = [torch.optim.lr_scheduler.LambdaLR(o, partial(warm_cosine, total=total))
+                     for o in optimizers]
         parts = {"models": models, "teachers": teachers, "scaler": scaler,
                  **{f"optimizer{m}": o for m, o in enumerate(optimizers)},
                  **{f"schedule{m}": s for m, s in enumerate(schedules)}}
@@ -433,8 +445,8 @@ def adapt(args):
                     labels = [t.to(device) for t in (y[me, i], keep[me, i], y_peer[peer, i], y_bar)]
                     x = x.to(device, non_blocking=True)
                     if phase == 1:
-                        loss = phase1_loss(model, models[me], x, *labels, args.lam, args.neg_grad,
-                                           autocast)
+                        loss = phase1_loss(model, models[me], x, *labels, args.lam, args.gamma,
+                                           args.neg_grad, autocast)
                     else:
                         loss = phase2_loss(model, models[me], x, *labels, args.gamma, autocast)
                     optimizers[me].zero_grad()
@@ -489,6 +501,16 @@ def adapt(args):
     return summary
 
 
+def natural(text, least=0):
+    """argparse type: a whole number, `least` or more."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least}, got {text}")
+    return int(text)
+
+
+positive = partial(natural, least=1)
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(
         description="CoFT: adapt CLIP to unlabelled images. Without arguments: the offline demo.",
@@ -503,23 +525,24 @@ def parse(argv=None):
     add("--device", help="cuda, cuda:1, mps, cpu; default: the best there is")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
         help="mixed precision; auto: bf16 or fp16 on CUDA, off elsewhere")
-    add("--batch-size", type=int, default=64, help="images per step and model")
-    add("--workers", type=int, default=None, help="loader processes; default: 0 for the demo, "
+    add("--batch-size", type=positive, default=64, help="images per step and model")
+    add("--workers", type=natural, help="loader processes; default: 0 for the demo, "
         "else one per core, 8 at most")
-    add("--max-steps", type=int, help="stop each phase after so many steps, to try things out")
+    add("--max-steps", type=positive, default=10**9, help="stop each phase after so many steps")
     add("--resume", default=False, help="continue the run in --out", **switch)
     add("--overwrite", default=False, help="replace the run in --out", **switch)
     add("--peft", choices=["vpt", "lora", "adapter"], default="vpt",
         help="light visual modules: deep prompts, LoRA on q and v, or bottleneck adapters")
-    add("--prompt-tokens", type=int, default=4, help="P of --peft vpt")
-    add("--epochs1", type=int, default=6, help="of phase 1")
-    add("--epochs2", type=int, default=6, help="of phase 2; 0 leaves it out")
+    add("--prompt-tokens", type=positive, default=4, help="P of --peft vpt")
+    add("--epochs1", type=natural, default=6, help="of phase 1")
+    add("--epochs2", type=natural, default=4, help="of phase 2; 0 leaves it out")
     add("--lr1", type=float, default=2e-3, help="of the light modules (AdamW, cosine)")
-    add("--lr2", type=float, help="of the image encoder; default: 2e-4 for tiny, else 1e-5")
+    add("--lr2", type=float, help="of the image encoder; default: 3e-4 for tiny, else 1e-5")
     add("--rho", type=float, default=0.3, help="share of the images that phase 1 learns from, Eq. 2")
     add("--lam", type=float, default=1.0, help="weight of L_neg, Eq. 7")
-    add("--gamma", type=float, default=1.0, help="weight of the fairness term, Eq. 8")
+    add("--gamma", type=float, default=1.0, help="weight of the fairness term; 0: off")
     add("--align", type=float, default=1.0, help="strength of distribution alignment; 0: off")
+    add("--strong-view", default=False, help="phase 2 learns from RandAugment views", **switch)
     add("--neg-grad", default=True, help="L_neg also trains the visual modules", **switch)
     add("--threshold", type=float, help="keep where p_y is above it, instead of p_clean > 1/2")
     add("--single", default=False, help="one model is its own peer, for comparison", **switch)
@@ -537,7 +560,7 @@ def main(argv=None):
     args = parse(argv)
     try:
         adapt(args)
-    except (data.DataError, clip.CLIPError) as e:
+    except (data.DataError, clip.CLIPError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
     except torch.cuda.OutOfMemoryError:
         print(f"error: out of GPU memory, lower --batch-size {args.batch_size}", file=sys.stderr)

@@ -731,8 +731,12 @@ class Run:
         if resume:
             if not (self.out / "last.pt").is_file():
                 raise DataError(f"--resume: no last.pt in {self.out}, nothing to continue")
-            self.state = torch.load(self.out / "last.pt", map_location="cpu", weights_only=True)
-            self.lines, self.start = self.state["log"], self.start - self.state["seconds"]
+            try:
+                self.state = torch.load(self.out / "last.pt", map_location="cpu", weights_only=True)
+                self.lines, self.start = self.state["log"], self.start - self.state["seconds"]
+            except Exception as e:                      # torch.load raises nearly anything
+                raise DataError(f"{self.out / 'last.pt'} is not a checkpoint of this script: "
+                                f"{_reason(e)}") from None
             other = [k for k, v in self.lines[0].items()
                      if k not in ("resume", "overwrite", "device", "workers") and args[k] != v]
             if other:
