@@ -33,7 +33,6 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -135,17 +134,17 @@ class Prompt(nn.Module):
         rest = template.split("{}", 1)[1]
         tokens = clip.tokenize([f"{words} {c}{rest}" for c in class_names], truncate=True)
         tokens = tokens.to(model.token_embedding.weight.device)
-        with torch.no_grad():
-            emb = model.token_embedding(tokens)                         # (C, 77, W)
+        with torch.no_grad():                                           # T: the longest prompt
+            emb = model.token_embedding(tokens[:, :tokens.argmax(dim=1).max() + 1])     # (C, T, W)
         start = emb[:len(emb) if of_its_own else 1, 1:1 + L]            # (C or 1, L, W)
         self.V = nn.Parameter(start + noise * torch.randn_like(start))
         self.register_buffer("before", emb[:, :1], persistent=False)            # (C, 1, W) <sot>
-        self.register_buffer("after", emb[:, 1 + L:], persistent=False)         # (C, 76 - L, W)
+        self.register_buffer("after", emb[:, 1 + L:], persistent=False)         # (C, T - L - 1, W)
         self.register_buffer("eot", tokens.argmax(dim=1), persistent=False)     # (C,)
 
     def forward(self, model):
         V = self.V.expand(len(self.eot), -1, -1)                        # (C, L, W)
-        emb = torch.cat([self.before, V, self.after], dim=1)            # (C, 77, W)
+        emb = torch.cat([self.before, V, self.after], dim=1)            # (C, T, W)
         return F.normalize(model.encode_text_embeddings(emb, self.eot, chunk=256), dim=-1)
 
 
@@ -227,18 +226,18 @@ class Model(nn.Module):
 @torch.no_grad()
 def judge(model, models, batches, N, autocast):
     """Both models' opinions on the plain views: softmax p and p_clean, each (2, N, C)."""
-    tau, p, p_clean = model.logit_scale.exp(), [], []
-    for me in models:
-        with autocast():
-            t_pos, t_neg = me.text(model).float(), me.neg(model).float()        # (C, D) each
-        p.append(torch.zeros(N, len(t_pos)))
-        p_clean.append(torch.zeros(N, len(t_pos)))
-        for x, i in batches:
+    tau = model.logit_scale.exp()
+    with autocast():
+        t = [(me.text(model).float(), me.neg(model).float()) for me in models]  # (C, D) each
+    p, p_clean = torch.zeros(2, 2, N, len(t[0][0]))                             # (2, N, C) each
+    for x, i in batches:
+        x = x.to(tau.device, non_blocking=True)                                 # (B, 3, R, R)
+        for m, (t_pos, t_neg) in enumerate(t):
             with autocast():
-                f = me.features(model, x.to(tau.device, non_blocking=True))     # (B, D)
-            p[-1][i] = posterior(f, t_pos, tau).cpu()
-            p_clean[-1][i] = log_p_clean(*logits(f, t_pos, t_neg, tau))[0].exp().cpu()
-    return torch.stack(p), torch.stack(p_clean)
+                f = models[m].features(model, x)                                # (B, D)
+            p[m, i] = posterior(f, t_pos, tau).cpu()
+            p_clean[m, i] = log_p_clean(*logits(f, t_pos, t_neg, tau))[0].exp().cpu()
+    return p, p_clean
 
 
 def verdicts(phase, p, p_clean, y0, high, threshold=None, single=False):
@@ -299,6 +298,33 @@ def ema_update(teacher, student, decay):
         t.lerp_(s, 1 - decay)
 
 
+def train_step(phase, step, pair, model, models, teachers, optimizers, schedules, scaler, tables,
+               args, autocast):
+    """Each model takes one step on its own batch, taught by its peer. Returns the mean loss.
+    pair: (x, i) per model; tables: y (2, N), keep (2, N), aligned posterior (2, N, C)."""
+    (y, keep, p), total, device = tables, 0.0, model.logit_scale.device
+    for me, peer in ((0, 1), (1, 0)):
+        peer = me if args.single else peer
+        x, i = pair[me]                                                         # (B, 3, R, R), (B,)
+        y_peer = p[peer, i].argmax(dim=1)                                       # (B,)
+        y_bar = complementary_labels(p[peer, i], y_peer)                        # (B,)
+        x, *labels = (v.to(device, non_blocking=True) for v in (x, y[me, i], keep[me, i], y_peer,
+                                                                y_bar))
+        if phase == 1:
+            loss = phase1_loss(model, models[me], x, *labels, args.lam, args.gamma, args.neg_grad,
+                               autocast)
+        else:
+            loss = phase2_loss(model, models[me], x, *labels, args.gamma, autocast)
+        optimizers[me].zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizers[me])
+        schedules[me].step()
+        ema_update(teachers[me], models[me], 0.0 if phase == 1 else min(0.99, step / (step + 9)))
+        total += loss.item() / 2
+    scaler.update()
+    return total
+
+
 # ======== evaluation ========
 
 
@@ -320,18 +346,8 @@ def zero_shot(model, class_names, templates, batches, N, autocast):
 
 def accuracy(p, y_true):
     """Percent of the images whose argmax_k p_k is the true class; None without labels."""
-    return None if y_true is None else round(float((p.argmax(1) == y_true).double().mean()) * 100, 2)
-
-
-def auroc(score, right):
-    """Probability that a right label scores above a wrong one, a tie counting half; None if there
-    are no right or no wrong ones. score (N,), right (N,) bool."""
-    values, rank = score.double().unique(return_inverse=True)
-    n = torch.bincount(rank, minlength=len(values)).double()                    # images per value
-    mean_rank = (n.cumsum(0) - (n - 1) / 2)[rank]                               # (N,)
-    a, b = int(right.sum()), int((~right).sum())
-    area = mean_rank[right].sum() - a * (a + 1) / 2
-    return round(float(area / (a * b)), 4) if a and b else None
+    if y_true is not None:
+        return round(100 * float((p.argmax(dim=1) == y_true).double().mean()), 2)
 
 
 def diagnostics(p, p_clean, y, keep, y_true):
@@ -342,7 +358,7 @@ def diagnostics(p, p_clean, y, keep, y_true):
         right = (y == y_true)[keep].double()
         found["precision"] = round(float(right.mean()), 4) if len(right) else None
         for key, score in (("auroc", p_clean), ("auroc_softmax", p)):
-            each = [auroc(s.gather(1, q.argmax(1, True))[:, 0], q.argmax(1) == y_true)
+            each = [data.auroc(s.gather(1, q.argmax(1, True))[:, 0], q.argmax(1) == y_true)
                     for q, s in zip(p, score)]
             found[key] = None if None in each else round(sum(each) / 2, 4)
     return found
@@ -351,24 +367,9 @@ def diagnostics(p, p_clean, y, keep, y_true):
 # ======== main ========
 
 
-def precision(amp, device):
-    """(autocast, GradScaler) of --amp. Weights are fp32 throughout; fp16 needs its loss scaled."""
-    if amp == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        amp = "bf16" if bf16 else "fp16" if device.type == "cuda" else "off"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16" and device.type == "cuda")
-    return (lambda: torch.autocast(device.type, dtype) if dtype else nullcontext()), scaler
-
-
 def adapt(args):
     """The whole run: zero-shot, phase 1, phase 2, the files. Returns the summary."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else
-                             "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as e:
-        raise data.DataError(f"--device {device} cannot be used: {str(e).splitlines()[0]}") from None
+    device = data.pick_device(args.device)
     torch.manual_seed(args.seed)
     found = data.load(args.data, args.classes)
     names, N, N_test = found.class_names, len(found.train), len(found.test)
@@ -384,7 +385,7 @@ def adapt(args):
         workers = 0 if found.train.pictures else min(8, os.cpu_count() or 1)
     run = data.Run(args.out, vars(args), args.resume, args.overwrite)
     run.say(found.description)
-    autocast, scaler = precision(args.amp, device)
+    autocast, scaler = data.precision(args.amp, device)
     plain_view, weak, strong = data.transforms(model.visual.input_resolution)
 
     def batches(images, view, **how):
@@ -403,7 +404,8 @@ def adapt(args):
                            for _ in range(2)).to(device)
     p, p_clean = torch.stack([p0, p0]), torch.ones(2, *p0.shape)                # until they differ
     saved, seen, busy = run.state, 0, 0.0                                       # images, seconds
-    for phase, epochs, view in ((1, args.epochs1, weak), (2, args.epochs2, strong if args.strong_view else weak)):
+    for phase, epochs, view in ((1, args.epochs1, weak),
+                                (2, args.epochs2, strong if args.strong_view else weak)):
         if phase == 2:
             for me in models:
                 me.unfreeze(model)
@@ -436,34 +438,14 @@ def adapt(args):
             start, loss_sum, count = time.time(), 0.0, 0
             aligned = torch.stack([align(q, args.align) for q in p])            # (2, N, C)
             y, keep = verdicts(phase, aligned, p_clean, y0, high, args.threshold, args.single)
-            y_peer = aligned.argmax(dim=2)                                      # (2, N)
-            for pair in zip(*loaders):
-                for me, peer in ((0, 1), (1, 0)):
-                    peer = me if args.single else peer
-                    x, i = pair[me]                                             # (B, 3, R, R), (B,)
-                    y_bar = complementary_labels(aligned[peer, i], y_peer[peer, i])
-                    labels = [t.to(device) for t in (y[me, i], keep[me, i], y_peer[peer, i], y_bar)]
-                    x = x.to(device, non_blocking=True)
-                    if phase == 1:
-                        loss = phase1_loss(model, models[me], x, *labels, args.lam, args.gamma,
-                                           args.neg_grad, autocast)
-                    else:
-                        loss = phase2_loss(model, models[me], x, *labels, args.gamma, autocast)
-                    optimizers[me].zero_grad()
-                    scaler.scale(loss).backward()
-                    scaler.step(optimizers[me])
-                    schedules[me].step()
-                    ema_update(teachers[me], models[me],
-                               0.0 if phase == 1 else min(0.99, (step + 1) / (step + 10)))
-                    loss_sum, count, seen = loss_sum + loss.item(), count + 1, seen + len(i)
-                scaler.update()
-                step += 1
+            for step, pair in zip(range(step + 1, total + 1), zip(*loaders)):
+                loss_sum += train_step(phase, step, pair, model, models, teachers, optimizers,
+                                       schedules, scaler, (y, keep, aligned), args, autocast)
+                count, seen = count + 1, seen + sum(len(i) for _, i in pair)
                 speed = seen / (busy + time.time() - start)
                 run.live(f"phase {phase} epoch {epoch + 1}/{epochs} step {step}/{total} loss "
                          f"{loss_sum / count:.3f} {speed:.0f} img/s, "
                          f"{(total - step) * 2 * args.batch_size / speed:.0f} s left in this phase")
-                if step >= total:
-                    break
             busy += time.time() - start
             if not math.isfinite(loss_sum):
                 raise data.DataError(f"the loss became {loss_sum} in phase {phase}, epoch "
@@ -473,8 +455,9 @@ def adapt(args):
             score = accuracy(mean_prediction(p_test), found.test.y_true)
             facts = diagnostics(p, p_clean, y, keep, y_true)
             run.log(phase=phase, epoch=epoch + 1, loss=round(loss_sum / count, 4), accuracy=score,
-                    **facts, images_per_second=round(seen / busy), peak_memory_gb=data.peak_memory_gb(
-                        device), seconds=round(time.time() - run.start, 1))
+                    **facts, images_per_second=round(seen / busy),
+                    peak_memory_gb=data.peak_memory_gb(device),
+                    seconds=round(time.time() - run.start, 1))
             run.say(f"phase {phase} epoch {epoch + 1}/{epochs}  loss {loss_sum / count:.3f}"
                     + ("" if score is None else f"  accuracy {score:.2f} %") + "".join(
                         f"  {k} {v}" for k, v in facts.items()) + f"  {seen / busy:.0f} img/s")
@@ -496,19 +479,9 @@ def adapt(args):
                "images_per_second": round(seen / busy) if busy else None,
                "peak_memory_gb": data.peak_memory_gb(device)}
     run.log(**summary)
-    gain = "" if zero is None else f"accuracy {summary['accuracy']:.2f} % (zero-shot {zero:.2f} %), "
-    run.say(f"{gain}{summary['seconds']:.0f} s, results in {run.out}")
+    run.say(("" if zero is None else f"accuracy {summary['accuracy']:.2f} %, zero-shot was "
+             f"{zero:.2f} %; ") + f"{summary['seconds']:.0f} s; results in {run.out}")
     return summary
-
-
-def natural(text, least=0):
-    """argparse type: a whole number, `least` or more."""
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number from {least}, got {text}")
-    return int(text)
-
-
-positive = partial(natural, least=1)
 
 
 def parse(argv=None):
@@ -525,20 +498,20 @@ def parse(argv=None):
     add("--device", help="cuda, cuda:1, mps, cpu; default: the best there is")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
         help="mixed precision; auto: bf16 or fp16 on CUDA, off elsewhere")
-    add("--batch-size", type=positive, default=64, help="images per step and model")
-    add("--workers", type=natural, help="loader processes; default: 0 for the demo, "
+    add("--batch-size", type=data.positive, default=64, help="images per step and model")
+    add("--workers", type=data.natural, help="loader processes; default: 0 for the demo, "
         "else one per core, 8 at most")
-    add("--max-steps", type=positive, default=10**9, help="stop each phase after so many steps")
+    add("--max-steps", type=data.positive, default=10**9, help="of each phase, to try things out")
     add("--resume", default=False, help="continue the run in --out", **switch)
     add("--overwrite", default=False, help="replace the run in --out", **switch)
     add("--peft", choices=["vpt", "lora", "adapter"], default="vpt",
         help="light visual modules: deep prompts, LoRA on q and v, or bottleneck adapters")
-    add("--prompt-tokens", type=positive, default=4, help="P of --peft vpt")
-    add("--epochs1", type=natural, default=6, help="of phase 1")
-    add("--epochs2", type=natural, default=4, help="of phase 2; 0 leaves it out")
+    add("--prompt-tokens", type=data.positive, default=4, help="P of --peft vpt")
+    add("--epochs1", type=data.natural, default=6, help="of phase 1")
+    add("--epochs2", type=data.natural, default=4, help="of phase 2; 0 leaves it out")
     add("--lr1", type=float, default=2e-3, help="of the light modules (AdamW, cosine)")
     add("--lr2", type=float, help="of the image encoder; default: 3e-4 for tiny, else 1e-5")
-    add("--rho", type=float, default=0.3, help="share of the images that phase 1 learns from, Eq. 2")
+    add("--rho", type=float, default=0.3, help="share of the images to start from, Eq. 2")
     add("--lam", type=float, default=1.0, help="weight of L_neg, Eq. 7")
     add("--gamma", type=float, default=1.0, help="weight of the fairness term; 0: off")
     add("--align", type=float, default=1.0, help="strength of distribution alignment; 0: off")

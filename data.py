@@ -31,6 +31,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
@@ -648,7 +649,7 @@ def draw_dots(pen, corners, width, gap):
 
 
 def draw(shape, style, rng):
-    """One shape: (PIL image of 32 x 32 pixels, what a caption could say of it). rng: random.Random."""
+    """One shape: (PIL image of 32 x 32 pixels, what a caption could say of it)."""
     u = rng.uniform
 
     def colour(other=None):                                     # far enough from the colour `other`
@@ -719,6 +720,49 @@ def demo_images(name, split):
     y = [k for k in range(C) for _ in range(round(n * weights[k] / sum(weights)))]
     rng.shuffle(y)
     return [draw(SHAPES[k], style, rng)[0] for k in y], y, list(SHAPES)
+
+
+# ---- settings and scores, the same in every script ----
+
+def natural(text, least=0):
+    """argparse type: a whole number, `least` or more."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least}, got {text}")
+    return int(text)
+
+
+positive = partial(natural, least=1)
+
+
+def pick_device(name=None):
+    """torch.device of --device; without a name CUDA, then MPS, then CPU. DataError if unusable."""
+    name = name or ("cuda" if torch.cuda.is_available() else
+                    "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise DataError(f"--device {name} cannot be used: {str(e).splitlines()[0]}") from None
+
+
+def precision(amp, device):
+    """(autocast, GradScaler) of --amp. Weights are fp32 throughout; fp16 needs its loss scaled."""
+    if amp == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        amp = "bf16" if bf16 else "fp16" if device.type == "cuda" else "off"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16" and device.type == "cuda")
+    return (lambda: torch.autocast(device.type, dtype) if dtype else nullcontext()), scaler
+
+
+def auroc(score, right):
+    """Probability that a right label scores above a wrong one, a tie counting half; None if there
+    are no right or no wrong ones. score (N,), right (N,) bool."""
+    values, rank = score.double().unique(return_inverse=True)
+    n = torch.bincount(rank, minlength=len(values)).double()                    # images per value
+    mean_rank = (n.cumsum(0) - (n - 1) / 2)[rank]                               # (N,)
+    a, b = int(right.sum()), int((~right).sum())
+    area = mean_rank[right].sum() - a * (a + 1) / 2
+    return round(float(area / (a * b)), 4) if a and b else None
 
 
 # ---- run folder ----

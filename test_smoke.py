@@ -943,6 +943,9 @@ def test_eq_2_pseudo_labels():
     y, high = coft.pseudo_labels(p0[:5, :2], 0.7)       # ceil(5 * .7 / 2) = 2 of each class
     assert y.tolist() == [0, 0, 0, 1, 1] and high.tolist() == [True, False, True, True, True]
     assert coft.pseudo_labels(p0[:, :2], 1.0)[1].sum() == 5         # three of four, two of two
+    p0 = torch.tensor([[.6, .1, .3], [.5, .1, .4], [.1, .5, .45], [.55, .2, .25]])
+    y, high = coft.pseudo_labels(p0, 0.75)              # class 2 may not take class 1's only image
+    assert set(y.tolist()) == {0, 1, 2} and set(y[high].tolist()) == {0, 1, 2}
 
 
 def test_eq_5_6_losses():
@@ -991,8 +994,8 @@ def test_accuracy_and_auroc():
         right = torch.rand(60, generator=g) < 0.6
         pairs = [(a > b) + (a == b) / 2
                  for a in score[right].tolist() for b in score[~right].tolist()]
-        assert coft.auroc(score, right) == pytest.approx(sum(pairs) / len(pairs), abs=1e-4)
-    assert coft.auroc(score, torch.ones(60, dtype=torch.bool)) is None
+        assert data.auroc(score, right) == pytest.approx(sum(pairs) / len(pairs), abs=1e-4)
+    assert data.auroc(score, torch.ones(60, dtype=torch.bool)) is None
 
 
 def test_verdicts_come_from_the_peer():
@@ -1075,8 +1078,8 @@ def test_gradients(frozen):
     y, y_bar = torch.arange(6), torch.arange(1, 7)
     all_, none = torch.ones(6, dtype=torch.bool), torch.zeros(6, dtype=torch.bool)
 
-    def phase1(keep, lam, neg_grad=True):
-        return coft.phase1_loss(frozen, me, x, y, keep, y, y_bar, lam, neg_grad, nullcontext)
+    def phase1(keep, lam, neg_grad=True, gamma=0.0):
+        return coft.phase1_loss(frozen, me, x, y, keep, y, y_bar, lam, gamma, neg_grad, nullcontext)
 
     def phase2(keep, gamma):
         return coft.phase2_loss(frozen, me, x, y, keep, y, y_bar, gamma, nullcontext)
@@ -1085,6 +1088,7 @@ def test_gradients(frozen):
     assert gradients(frozen, me, phase1(all_, 0.0)) == {"V+", "prompts"}
     assert gradients(frozen, me, phase1(none, 1.0)) == {"V-", "prompts"}
     assert gradients(frozen, me, phase1(none, 1.0, neg_grad=False)) == {"V-"}
+    assert gradients(frozen, me, phase1(none, 0.0, gamma=1.0)) == {"V+", "prompts"}
     me.unfreeze(frozen)
     assert gradients(frozen, me, phase2(none, 0.0)) <= {"V-"}       # L_neg alone, as a spectator
     assert gradients(frozen, me, phase2(all_, 0.0)) >= {"visual", "classifier", "prompts"}
@@ -1188,10 +1192,12 @@ def test_flags_and_seed(little, tmp_path):
     for k, flags in enumerate((
             [], ["--seed", 1], ["--single"], ["--threshold", 0.95], ["--no-neg-grad"],
             ["--lam", 0.5], ["--epochs2", 0], ["--epochs1", 0], ["--align", 0], ["--gamma", 0],
+            ["--strong-view"],
             ["--amp", "bf16"], ["--prompt-tokens", 1], ["--rho", 0.9])):
         assert run(tmp_path / str(k), "--max-steps", 2, *flags) == 0
         lines, rows, _ = read(tmp_path / str(k))
         assert len(rows) == 51 and all(math.isfinite(line["loss"]) for line in lines[1:-1])
+        assert "NaN" not in (tmp_path / str(k) / "log.jsonl").read_text()
         assert rows not in seen, flags                  # every flag does something
         seen.append(rows)
     assert run(tmp_path / "again", "--max-steps", 2) == 0
@@ -1303,6 +1309,8 @@ def test_user_errors(drawn, little, tmp_path, capsys, monkeypatch):
             (["--weights", "page.pt"], "cannot read page.pt"),
             (["--weights", "other.pt"], "other.pt: not the weights of a CLIP"),
             (["--arch", "ViT-X/1"], "no such model or file: ViT-X/1 (models: RN50"),
+            (["--device", "foo"], "--device foo cannot be used"),
+            (["--out", "page.pt/run"], "page.pt"),
             (["--resume"], "no last.pt in out")):
         assert run("out", *args) == 2, args
         said = capsys.readouterr().err
@@ -1321,7 +1329,7 @@ def test_demo_gains(tmp_path, monkeypatch):
         pictures, y, names = draw(name, part)
         return (pictures, y, names) if part == "train" else (pictures[:500], y[:500], names)
     monkeypatch.setattr(data, "demo_images", fewer_tests)
-    assert coft.main(["--device", "cpu", "--epochs1", "1", "--epochs2", "3",
+    assert coft.main(["--device", "cpu", "--epochs1", "2", "--epochs2", "2",
                       "--out", str(tmp_path)]) == 0
     last = read(tmp_path)[0][-1]
     assert 45 < last["zero_shot"] < 75 and last["accuracy"] >= last["zero_shot"] + 5, last

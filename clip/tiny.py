@@ -90,7 +90,8 @@ def caption(shape, about, rng):
             "other name": rng.choice(OTHER_NAMES[shape]),
             "empty": rng.choice(("shape", "thing", "symbol", "sign"))}[kind]
     if rng.random() < 0.2:
-        noun = f"{({'outline': 'outlined', 'textured': 'patterned'}.get(about['fill'], 'plain'))} {noun}"
+        look = {"outline": "outlined", "textured": "patterned"}.get(about["fill"], "plain")
+        noun = f"{look} {noun}"
     if rng.random() < 0.35:
         noun = f"{about['colour']} {noun}"
     if rng.random() < 0.3:
