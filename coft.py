@@ -14,7 +14,8 @@ the whole image encoder (phase 2).
         loss = loss_cls(l_pos, y, keep) + lam loss_neg(l_pos, l_neg, y_peer, y_bar)         Eq. 5-7
     phase 2, all weights of the image encoder:
         y = the peer's label now, keep = its p_clean_y > 1/2, for every image
-        loss = loss_cls(l_pos, y, keep)             V- goes on judging, as a spectator      Eq. 8
+        loss = loss_cls(l_pos, y, keep)             V- learns too, f ignores its gradient   Eq. 8
+    both + gamma fairness(l_pos)
     prediction = mean of the two softmaxes                                                  Eq. 9
 
 B batch, C classes, D embedding, L context tokens, N images, P prompt tokens, T tokens, W width;
@@ -105,15 +106,15 @@ def loss_neg(l_pos, l_neg, y, y_bar):
 
 
 def align(p, strength=1.0):
-    """Distribution alignment (decided here, for Eq. 8): p_k / (mean over all images of p_k), then
+    """Distribution alignment (decided here): p_k / (mean over all images of p_k)^strength, then
     normalised: no class may swallow the others. p (N, C) -> (N, C)."""
-    p = p / p.mean(dim=0, keepdim=True).clamp(min=1e-3) ** strength     # (N, C)
+    p = p / p.mean(dim=0, keepdim=True).clamp(min=0.01 / p.shape[1]) ** strength    # (N, C)
     return p / p.sum(dim=1, keepdim=True)
 
 
 def fairness(l):
-    """Decided here, for Eq. 7 and 8: -mean_k log(mean over the batch of softmax(l)_k). l (B, C).
-    Without any kept label it is left out: alone it would make all predictions uniform."""
+    """Decided here: -mean_k log(mean over the batch of softmax(l)_k). l (B, C). It is left out of a
+    batch without kept labels: alone it would make all predictions uniform."""
     return -l.softmax(dim=1).mean(dim=0).clamp(min=1e-6).log().mean()
 
 
@@ -123,6 +124,9 @@ def mean_prediction(p):
 
 
 # ======== modules ========
+
+
+WORD = 0.06     # standard deviation of tiny's word vectors, for which lr1 and the noise were chosen
 
 
 class Prompt(nn.Module):
@@ -142,6 +146,7 @@ class Prompt(nn.Module):
         with torch.no_grad():                                           # T: the longest prompt
             emb = model.token_embedding(tokens[:, :tokens.argmax(dim=1).max() + 1])     # (C, T, W)
         start = emb[:len(emb) if of_its_own else 1, 1:1 + L]            # (C or 1, L, W)
+        noise = noise * min(1.0, float(start.std()) / WORD)
         self.V = nn.Parameter(start + noise * torch.randn_like(start))
         self.register_buffer("before", emb[:, :1], persistent=False)            # (C, 1, W) <sot>
         self.register_buffer("after", emb[:, 1 + L:], persistent=False)         # (C, T - L - 1, W)
@@ -209,7 +214,7 @@ class Model(nn.Module):
 
     def groups(self, lr1, lr2):
         """What learns, and how fast. Word vectors take steps relative to their own size."""
-        word = lr1 * float(self.pos.V.detach().std()) / 0.06
+        word = lr1 * float(self.pos.V.detach().std()) / WORD
         light = [v for v in (self.prompts, *(self.adapters or nn.Module()).parameters())
                  if v is not None]
         groups = [{"params": light, "lr": lr1 if self.visual is None else lr2},
@@ -265,8 +270,8 @@ def verdicts(phase, p, p_clean, y0, high, threshold=None, single=False):
 def phase1_loss(model, me, x, y, keep, y_peer, y_bar, lam, gamma, neg_grad, autocast):
     """Eq. (7): L_cls + lam L_neg (+ fairness), for the prompts and the light visual modules.
 
-    L_neg sees every image, with the peer's label y_peer (B,): it will have to judge them all. l+
-    enters it as a constant, f(x) does not (neg_grad): V- also shapes the visual modules.
+    L_neg sees every image, with the peer's label y_peer (B,): it will have to judge them all. t+
+    enters it as a constant; f(x) does not (unless neg_grad is off): V- also shapes f.
     """
     tau = model.logit_scale.exp()
     with autocast():
@@ -385,10 +390,11 @@ def adapt(args):
     model.requires_grad_(False)
     if args.peft != "adapter" and not hasattr(model.visual, "transformer"):
         raise data.DataError(f"--peft {args.peft} needs a ViT; a ResNet takes --peft adapter")
-    lr2 = args.lr2 or (3e-4 if arch == "tiny" else 1e-5)
+    small = sum(v.numel() for v in model.visual.parameters()) < 10**7
+    lr2 = args.lr2 if args.lr2 is not None else 3e-4 if small else 1e-5
     workers = args.workers
     if workers is None:
-        workers = 0 if found.train.pictures else min(8, os.cpu_count() or 1)
+        workers = 0 if found.train.pictures else min(8, os.cpu_count() or 1) // 2
     run = data.Run(args.out, vars(args), args.resume, args.overwrite)
     run.say(found.description)
     autocast, scaler = data.precision(args.amp, device)
@@ -409,9 +415,12 @@ def adapt(args):
     models = nn.ModuleList(Model(model, names, found.templates[0], args.peft, args.prompt_tokens)
                            for _ in range(2)).to(device)
     p, p_clean = torch.stack([p0, p0]), torch.ones(2, *p0.shape)                # until they differ
+    p_test = None
     saved, seen, busy = run.state, 0, 0.0                                       # images, seconds
     for phase, epochs, view in ((1, args.epochs1, weak),
                                 (2, args.epochs2, strong if args.strong_view else weak)):
+        if phase == 2 and not epochs:
+            break
         if phase == 2:
             for me in models:
                 me.unfreeze(model)
@@ -420,7 +429,7 @@ def adapt(args):
             continue
         loaders = [batches(found.train, view, shuffle=True, seed=4 * args.seed + 2 * phase + m,
                            drop_last=True) for m in range(2)]
-        total = max(1, min(epochs * len(loaders[0]), args.max_steps))           # steps
+        total = max(1, min(epochs * len(loaders[0]), args.max_steps or 10**9))          # steps
         optimizers = [torch.optim.AdamW(me.groups(args.lr1, lr2), weight_decay=0.0)
                       for me in models]
         schedules = [torch.optim.lr_scheduler.LambdaLR(o, partial(warm_cosine, total=total))
@@ -455,7 +464,7 @@ def adapt(args):
             busy += time.time() - start
             if not math.isfinite(loss_sum):
                 raise data.DataError(f"the loss became {loss_sum} in phase {phase}, epoch "
-                                     f"{epoch + 1}: lower --lr{phase}; last.pt is the epoch before")
+                                     f"{epoch + 1}: lower --lr{phase}")
             p, p_clean = judge(model, teachers, plain, N, autocast)             # (2, N, C) each
             p_test, clean_test = judge(model, teachers, test, N_test, autocast)
             score = accuracy(mean_prediction(p_test), found.test.y_true)
@@ -475,11 +484,13 @@ def adapt(args):
             data.contact_sheet(run.out / "pseudo_labels.png", found.train, names,
                                mean_prediction(p), mean_prediction(p_clean))
 
-    p_test, clean_test = judge(model, teachers, test, N_test, autocast)
+    if p_test is None:                                                          # nothing to train
+        p_test, clean_test = judge(model, teachers, test, N_test, autocast)
     data.write_predictions(run.out / "predictions.csv", found.test.names, names,
                            mean_prediction(p_test), mean_prediction(clean_test))
-    run.save("model.pt", {"models": teachers.state_dict(), "class_names": names, "arch": arch,
-                          "templates": found.templates, "peft": args.peft})
+    run.save("model.pt", {"models": teachers.state_dict(), "class_names": names,
+                          "templates": found.templates, "peft": args.peft,
+                          "clip": os.path.basename(args.weights) if args.weights else arch})
     summary = {"zero_shot": zero, "accuracy": accuracy(mean_prediction(p_test), found.test.y_true),
                "seconds": round(time.time() - run.start, 1),
                "images_per_second": round(seen / busy) if busy else None,
@@ -493,21 +504,22 @@ def adapt(args):
 def parse(argv=None):
     parser = argparse.ArgumentParser(
         description="CoFT: adapt CLIP to unlabelled images. Without arguments: the offline demo.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        formatter_class=data.Help)
     add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
     add("--data", default="demo", help="folder of images (see data.py), or demo[:STYLE]")
     add("--classes", help="class names: a,b,c or a file with one per line")
-    add("--arch", help="tiny, ViT-B/16, ...; default: tiny for the demo, else ViT-B/16")
-    add("--weights", help="CLIP weights from disk: OpenAI, open_clip or Hugging Face")
+    add("--arch", help="tiny, ViT-B/16, RN50, ...; default: tiny for the demo, else ViT-B/16")
+    add("--weights", help="CLIP weights from disk (OpenAI, open_clip, Hugging Face), instead "
+        "of --arch: their architecture is inferred")
     add("--out", help="run folder; default: the first free runs/coft-N")
-    add("--seed", type=int, default=0, help="every random number follows from it")
+    add("--seed", type=int, default=0, help="of all that is random in training")
     add("--device", help="cuda, cuda:1, mps, cpu; default: the best there is")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
         help="mixed precision; auto: bf16 or fp16 on CUDA, off elsewhere")
     add("--batch-size", type=data.positive, default=64, help="images per step and model")
     add("--workers", type=data.natural, help="loader processes; default: 0 for the demo, "
-        "else one per core, 8 at most")
-    add("--max-steps", type=data.positive, default=10**9, help="of each phase, to try things out")
+        "else one per two cores, 4 at most")
+    add("--max-steps", type=data.positive, help="stop each phase there, to try things out")
     add("--resume", default=False, help="continue the run in --out", **switch)
     add("--overwrite", default=False, help="replace the run in --out", **switch)
     add("--peft", choices=["vpt", "lora", "adapter"], default="vpt",
@@ -517,14 +529,15 @@ def parse(argv=None):
     add("--epochs2", type=data.natural, default=4, help="of phase 2; 0 leaves it out")
     add("--lr1", type=float, default=2e-3, help="of the light modules (AdamW, cosine)")
     add("--lr2", type=float, help="of the image encoder; default: 3e-4 for tiny, else 1e-5")
-    add("--rho", type=float, default=0.3, help="share of the images to start from, Eq. 2")
+    add("--rho", type=data.fraction, default=0.3, help="share of the images to start from, Eq. 2")
     add("--lam", type=float, default=1.0, help="weight of L_neg, Eq. 7")
-    add("--gamma", type=float, default=1.0, help="weight of the fairness term; 0: off")
+    add("--gamma", type=float, default=1.0, help="weight of the fairness term; 0: off. "
+        "It wants batches with more images than there are classes")
     add("--align", type=float, default=1.0, help="strength of distribution alignment; 0: off")
     add("--strong-view", default=False, help="phase 2 learns from RandAugment views", **switch)
     add("--neg-grad", default=True, help="L_neg also trains the visual modules", **switch)
     add("--threshold", type=float, help="keep where p_y is above it, instead of p_clean > 1/2")
-    add("--single", default=False, help="one model is its own peer, for comparison", **switch)
+    add("--single", default=False, help="each model is its own peer, for comparison", **switch)
     args = parser.parse_args(argv)
     free = (f"runs/coft-{n}" for n in range(1, 10_000) if not os.path.exists(f"runs/coft-{n}"))
     args.out = args.out or next(free)
@@ -544,7 +557,7 @@ def main(argv=None):
     except torch.cuda.OutOfMemoryError:
         print(f"error: out of GPU memory, lower --batch-size {args.batch_size}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("stopped; continue with --resume and the same --out", file=sys.stderr)
+        print(f"stopped; once an epoch is done: --resume --out {args.out}", file=sys.stderr)
         return 130
     else:
         return 0

@@ -180,7 +180,7 @@ def loader(dataset, batch_size, shuffle=False, seed=0, workers=0, device="cpu", 
     return DataLoader(dataset, batch_size, sampler=order, num_workers=workers,
                       drop_last=drop_last and len(order) >= batch_size,
                       pin_memory=torch.device(device).type == "cuda",
-                      persistent_workers=workers > 0,
+                      persistent_workers=shuffle and workers > 0,
                       generator=torch.Generator().manual_seed(0))   # keeps the global one untouched
 
 
@@ -332,12 +332,12 @@ def recognise(root):
 
 # ---- load ----
 
-def load(path, classes=None, arch_hint=None):
+def load(path, classes=None):
     """`Data` of a folder or of demo[:STYLE]. Reads every image once; prints a warning for bad ones.
 
     classes: None, a list of names, "a,b,c", or a file with one name per line. If the folder has
     class names of its own they must be the same in the same order (any case or underscores).
-    arch_hint: not used yet. Raises DataError.
+    Raises DataError.
     """
     path, classes = os.fspath(path), class_list(classes)
     if path == "demo" or path.startswith("demo:"):
@@ -710,7 +710,7 @@ def draw(shape, style, rng):
 
 def demo_images(name, split):
     """(PIL images, int labels, class names) of a style; "" is the default, "narrow". The pictures
-    depend on style and split alone: 2,000 to train, 1,000 to test."""
+    depend on style and split alone: about 2,000 to train, 1,000 to test."""
     name = name or "narrow"
     if name not in STYLES:
         raise DataError(f"demo:{name}: unknown style, expected one of {', '.join(STYLES)}")
@@ -734,6 +734,22 @@ def natural(text, least=0):
 positive = partial(natural, least=1)
 
 
+def fraction(text):
+    """argparse type: a number above 0, 1 at most."""
+    try:
+        if 0 < float(text) <= 1:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a number in (0, 1], got {text}")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one to show."""
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def pick_device(name=None):
     """torch.device of --device; without a name CUDA, then MPS, then CPU. DataError if unusable."""
     name = name or ("cuda" if torch.cuda.is_available() else
@@ -747,7 +763,7 @@ def pick_device(name=None):
 def precision(amp, device):
     """(autocast, GradScaler) of --amp. Weights are fp32 throughout; fp16 needs its loss scaled."""
     if amp == "auto":
-        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
         amp = "bf16" if bf16 else "fp16" if device.type == "cuda" else "off"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16" and device.type == "cuda")
@@ -782,14 +798,18 @@ class Run:
                 raise DataError(f"{self.out / 'last.pt'} is not a checkpoint of this script: "
                                 f"{_reason(e)}") from None
             other = [k for k, v in self.lines[0].items()
-                     if k not in ("resume", "overwrite", "device", "workers") and args[k] != v]
+                     if k not in ("resume", "overwrite", "out", "device", "workers")
+                     and args.get(k) != v]
             if other:
                 raise DataError(f"--resume: {self.out} was begun with other settings: "
                                      + ", ".join(f"{k} {self.lines[0][k]}" for k in other))
-        elif (self.out / "log.jsonl").exists() and not overwrite:
+        elif (self.out / "last.pt").exists() and not overwrite:
             raise DataError(f"{self.out} already holds a run: give --resume to continue it, "
                                  f"--overwrite to replace it, or another --out")
         self.out.mkdir(parents=True, exist_ok=True)
+        for old in ("last.pt", "model.pt", "predictions.csv", "pseudo_labels.png"):
+            if not resume:
+                (self.out / old).unlink(missing_ok=True)
         self.write("args.json", json.dumps(self.lines[0], indent=2) + "\n")
         self.log()
 
