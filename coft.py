@@ -387,6 +387,8 @@ def adapt(args):
     y_true = found.train.y_true                                                 # diagnostics only
     arch = args.arch or ("tiny" if args.data.split(":")[0] == "demo" else "ViT-B/16")
     model, _ = clip.load(args.weights or arch, device=device)
+    if args.weights and args.arch:
+        clip.check_architecture(model, args.arch)
     model.requires_grad_(False)
     if args.peft != "adapter" and not hasattr(model.visual, "transformer"):
         raise data.DataError(f"--peft {args.peft} needs a ViT; a ResNet takes --peft adapter")
@@ -510,7 +512,7 @@ def parse(argv=None):
     add("--classes", help="class names: a,b,c or a file with one per line")
     add("--arch", help="tiny, ViT-B/16, RN50, ...; default: tiny for the demo, else ViT-B/16")
     add("--weights", help="CLIP weights from disk (OpenAI, open_clip, Hugging Face), instead "
-        "of --arch: their architecture is inferred")
+        "of a download; the architecture is inferred")
     add("--out", help="run folder; default: the first free runs/coft-N")
     add("--seed", type=int, default=0, help="of all that is random in training")
     add("--device", help="cuda, cuda:1, mps, cpu; default: the best there is")

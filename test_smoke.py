@@ -1311,6 +1311,8 @@ def test_user_errors(drawn, little, tmp_path, capsys, monkeypatch):
             (["--weights", "page.pt"], "cannot read page.pt"),
             (["--weights", "other.pt"], "other.pt: not the weights of a CLIP"),
             (["--arch", "ViT-X/1"], "no such model or file: ViT-X/1 (models: RN50"),
+            (["--weights", str(Path(clip.__file__).with_name("tiny.pt")), "--arch", "ViT-B/16"],
+             "the weights are not those of ViT-B/16: resolution 32"),
             (["--device", "foo"], "--device foo cannot be used"),
             (["--out", "page.pt/run"], "page.pt"),
             (["--resume"], "no last.pt in out")):

@@ -3,7 +3,8 @@
     model, preprocess = clip.load("ViT-B/16")          # or "tiny", or a checkpoint file
     logits_per_image, logits_per_text = model(preprocess(image)[None], clip.tokenize(["a dog"]))
 """
-from .clip import CLIPError, available_models, load, tokenize
+from .clip import CLIPError, available_models, check_architecture, load, tokenize
 from .model import CLIP, build_model
 
-__all__ = ["CLIP", "CLIPError", "available_models", "build_model", "load", "tokenize"]
+__all__ = ["CLIP", "CLIPError", "available_models", "build_model", "check_architecture", "load",
+           "tokenize"]

@@ -107,6 +107,25 @@ def load(name, device="cpu", download_root=None, jit=False, quick_gelu=None):
     return model.to(device), _transform(model.visual.input_resolution)
 
 
+# name: (resolution, embedding width, patch size, 0 for a ResNet)
+_SHAPES = {"RN50": (224, 1024, 0), "RN101": (224, 512, 0), "RN50x4": (288, 640, 0),
+           "RN50x16": (384, 768, 0), "RN50x64": (448, 1024, 0), "ViT-B/32": (224, 512, 32),
+           "ViT-B/16": (224, 512, 16), "ViT-L/14": (224, 768, 14), "ViT-L/14@336px": (336, 768, 14),
+           "tiny": (32, 64, 8)}
+
+
+def check_architecture(model, name):
+    """CLIPError unless `model` has the architecture `name`, one of `available_models()`."""
+    visual = model.visual
+    patch = visual.conv1.kernel_size[0] if hasattr(visual, "transformer") else 0
+    if name not in _SHAPES:
+        raise CLIPError(f"no such model: {name} (models: {', '.join(_SHAPES)})")
+    found = (visual.input_resolution, visual.output_dim, patch)
+    if found != _SHAPES[name]:
+        raise CLIPError(f"the weights are not those of {name}: resolution {found[0]}, embedding "
+                        f"{found[1]}, " + (f"patch {patch}" if patch else "a ResNet"))
+
+
 def tokenize(texts, context_length=77, truncate=False):
     """A string or a list of n strings -> LongTensor (n, context_length): start, text, end, zeros.
 
