@@ -37,6 +37,7 @@ import argparse
 import copy
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -160,7 +161,7 @@ class Prompt(nn.Module):
 
 class LoRA(nn.Module):
     """Low-rank update of the q and v projections of one block (arXiv 2106.09685); starts at 0."""
-    def __init__(self, width, rank=4):
+    def __init__(self, width, rank):
         super().__init__()
         self.down = nn.Linear(width, 2 * rank, bias=False)
         self.q, self.v = (nn.Linear(rank, width, bias=False) for _ in range(2))
@@ -177,7 +178,7 @@ class LoRA(nn.Module):
 
 class Bottleneck(nn.Module):
     """Adapter beside the MLP of one block (or after one ResNet stage); starts at 0."""
-    def __init__(self, width, rank=16):
+    def __init__(self, width, rank):
         super().__init__()
         self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
         nn.init.zeros_(self.up.weight)
@@ -190,17 +191,18 @@ class Bottleneck(nn.Module):
 class Model(nn.Module):
     """One of the two models: V+, V-, the light visual modules and, in phase 2, an image encoder
     and a classifier (C, D) of its own. CLIP itself is frozen and shared."""
-    def __init__(self, model, class_names, template, peft, P):
+    def __init__(self, model, class_names, template, peft):
         super().__init__()
         self.pos = Prompt(model, class_names, template, noise=0.01, of_its_own=False)
         self.neg = Prompt(model, class_names, template, noise=0.01, of_its_own=True)
         self.prompts = self.adapters = self.visual = self.classifier = None
-        if peft == "vpt":                                               # VPT-deep, arXiv 2203.12119
+        kind, size = peft.split(":")
+        if kind == "vpt":                                               # VPT-deep, arXiv 2203.12119
             layers, width = model.visual.transformer.layers, model.visual.transformer.width
-            self.prompts = nn.Parameter(0.02 * torch.randn(layers, P, width))
+            self.prompts = nn.Parameter(0.02 * torch.randn(layers, int(size), width))   # (., P, W)
         else:
-            kind = {"lora": LoRA, "adapter": Bottleneck}[peft]
-            self.adapters = nn.ModuleList(kind(w) for w in model.visual.adapter_widths)
+            kind = {"lora": LoRA, "adapter": Bottleneck}[kind]
+            self.adapters = nn.ModuleList(kind(w, int(size)) for w in model.visual.adapter_widths)
 
     def unfreeze(self, model):
         """Phase 2: own copy of the image encoder; the classifier starts at t+."""
@@ -240,8 +242,7 @@ def judge(model, models, batches, N, autocast):
     with autocast():
         t = [(me.text(model).float(), me.neg(model).float()) for me in models]  # (C, D) each
     p, p_clean = torch.zeros(2, 2, N, len(t[0][0]))                             # (2, N, C) each
-    for x, i in batches:
-        x = x.to(tau.device, non_blocking=True)                                 # (B, 3, R, R)
+    for x, i in batches:                                                        # (B, 3, R, R)
         for m, (t_pos, t_neg) in enumerate(t):
             with autocast():
                 f = models[m].features(model, x)                                # (B, D)
@@ -319,8 +320,7 @@ def train_step(phase, step, pair, model, models, teachers, optimizers, schedules
         x, i = pair[me]                                                         # (B, 3, R, R), (B,)
         y_peer = p[peer, i].argmax(dim=1)                                       # (B,)
         y_bar = complementary_labels(p[peer, i], y_peer)                        # (B,)
-        x, *labels = (v.to(device, non_blocking=True) for v in (x, y[me, i], keep[me, i], y_peer,
-                                                                y_bar))
+        labels = [v.to(device, non_blocking=True) for v in (y[me, i], keep[me, i], y_peer, y_bar)]
         if phase == 1:
             loss = phase1_loss(model, models[me], x, *labels, args.lam, args.gamma, args.neg_grad,
                                autocast)
@@ -350,7 +350,7 @@ def zero_shot(model, class_names, templates, batches, N, autocast):
     t0 = F.normalize(t0, dim=-1)                                                # (C, D)
     for x, i in batches:
         with autocast():
-            f = model.encode_image(x.to(tau.device, non_blocking=True))         # (B, D)
+            f = model.encode_image(x)                                           # (B, D)
         p0[i] = posterior(F.normalize(f.float(), dim=-1), t0, tau).cpu()
     return p0
 
@@ -382,7 +382,7 @@ def adapt(args):
     """The whole run: zero-shot, phase 1, phase 2, the files. Returns the summary."""
     device = data.pick_device(args.device)
     torch.manual_seed(args.seed)
-    found = data.load(args.data, args.classes)
+    found = data.load(args.data, args.classes, args.template)
     names, N, N_test = found.class_names, len(found.train), len(found.test)
     y_true = found.train.y_true                                                 # diagnostics only
     arch = args.arch or ("tiny" if args.data.split(":")[0] == "demo" else "ViT-B/16")
@@ -390,17 +390,16 @@ def adapt(args):
     if args.weights and args.arch:
         clip.check_architecture(model, args.arch)
     model.requires_grad_(False)
-    if args.peft != "adapter" and not hasattr(model.visual, "transformer"):
+    if not args.peft.startswith("adapter") and not hasattr(model.visual, "transformer"):
         raise data.DataError(f"--peft {args.peft} needs a ViT; a ResNet takes --peft adapter")
     small = sum(v.numel() for v in model.visual.parameters()) < 10**7
     lr2 = args.lr2 if args.lr2 is not None else 3e-4 if small else 1e-5
-    workers = args.workers
-    if workers is None:
-        workers = 0 if found.train.pictures else min(8, os.cpu_count() or 1) // 2
+    workers = data.pick_workers(args.workers, found.train)
     run = data.Run(args.out, vars(args), args.resume, args.overwrite)
     run.say(found.description)
     autocast, scaler = data.precision(args.amp, device)
-    plain_view, weak, strong = data.transforms(model.visual.input_resolution)
+    plain_view, weak, strong = views = data.transforms(model.visual.input_resolution)
+    run.say(data.keep_decoded(found, views, args.cache))
 
     def batches(images, view, **how):
         return data.loader(images.view(view), args.batch_size, workers=workers,
@@ -412,9 +411,10 @@ def adapt(args):
     zero = accuracy(p0_test, found.test.y_true)
     y0, high = pseudo_labels(align(p0, args.align), args.rho)                   # (N,) each
     run.say("no labels: predictions only" if zero is None else f"zero-shot accuracy {zero:.2f} %")
+    data.check_label_order(found, zero)
 
     # Two models that differ in their random numbers, and EMA copies of them that judge and predict.
-    models = nn.ModuleList(Model(model, names, found.templates[0], args.peft, args.prompt_tokens)
+    models = nn.ModuleList(Model(model, names, found.templates[0], args.peft)
                            for _ in range(2)).to(device)
     p, p_clean = torch.stack([p0, p0]), torch.ones(2, *p0.shape)                # until they differ
     p_test = None
@@ -503,6 +503,15 @@ def adapt(args):
     return summary
 
 
+def peft(text):
+    """argparse type of --peft: "vpt" -> "vpt:4"."""
+    kind, _, size = text.partition(":")
+    usual = {"vpt": "4", "lora": "4", "adapter": "16"}
+    if kind not in usual or not re.fullmatch(r"[1-9]\d*", size or usual[kind]):
+        raise argparse.ArgumentTypeError(f"expected vpt, lora or adapter, and maybe :SIZE, not {text}")
+    return f"{kind}:{size or usual[kind]}"
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(
         description="CoFT: adapt CLIP to unlabelled images. Without arguments: the offline demo.",
@@ -510,6 +519,8 @@ def parse(argv=None):
     add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
     add("--data", default="demo", help="folder of images (see data.py), or demo[:STYLE]")
     add("--classes", help="class names: a,b,c or a file with one per line")
+    add("--template", help="prompt with {} for the class name, or `ensemble` (CLIP's best seven and "
+        "the data set's); default: the data set's hand-crafted one")
     add("--arch", help="tiny, ViT-B/16, RN50, ...; default: tiny for the demo, else ViT-B/16")
     add("--weights", help="CLIP weights from disk (OpenAI, open_clip, Hugging Face), instead "
         "of a download; the architecture is inferred")
@@ -519,14 +530,15 @@ def parse(argv=None):
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
         help="mixed precision; auto: bf16 or fp16 on CUDA, off elsewhere")
     add("--batch-size", type=data.positive, default=64, help="images per step and model")
-    add("--workers", type=data.natural, help="loader processes; default: 0 for the demo, "
+    add("--workers", type=data.natural, help="loader processes; default: 0 for images in memory, "
         "else one per two cores, 4 at most")
+    add("--cache", type=float, default=4, metavar="GB", help="memory for decoded images; what needs "
+        "more goes to a temporary file; 0: decode them anew each time")
     add("--max-steps", type=data.positive, help="stop each phase there, to try things out")
     add("--resume", default=False, help="continue the run in --out", **switch)
     add("--overwrite", default=False, help="replace the run in --out", **switch)
-    add("--peft", choices=["vpt", "lora", "adapter"], default="vpt",
-        help="light visual modules: deep prompts, LoRA on q and v, or bottleneck adapters")
-    add("--prompt-tokens", type=data.positive, default=4, help="P of --peft vpt")
+    add("--peft", type=peft, default="vpt", metavar="KIND[:SIZE]", help="light visual modules: vpt "
+        "(deep prompts; 4 tokens), lora (on q and v; rank 4) or adapter (bottlenecks; width 16)")
     add("--epochs1", type=data.natural, default=6, help="of phase 1")
     add("--epochs2", type=data.natural, default=4, help="of phase 2; 0 leaves it out")
     add("--lr1", type=float, default=2e-3, help="of the light modules (AdamW, cosine)")

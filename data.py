@@ -11,7 +11,7 @@ Layouts, tried in this order (`python data.py PATH` prints which one it took):
 4. a folder per class        a fifth of the images is the test set: those whose path has a SHA-256
                              divisible by 5, so the split is the same for every seed and machine
 5. images and `--classes`    unlabelled: all of them are the training set and the test set
-If none fits but exactly one sub-folder does, that one is taken.
+If none fits but exactly one sub-folder (or one in it) does, that one is taken.
 
 Label firewall: `Images.view(...)`, which training reads, holds no labels. `Images.y_true` is for
 accuracy and diagnostics only.
@@ -19,34 +19,52 @@ accuracy and diagnostics only.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
+import difflib
 import hashlib
+import io
 import json
 import math
+import mmap
+import multiprocessing
 import os
+import pickle
 import random
+import re
+import shutil
+import socket
+import struct
 import sys
+import tempfile
 import time
 import unicodedata
 import warnings
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as T
-from torchvision.transforms import InterpolationMode
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)              # CLIP's
-STD = (0.26862954, 0.26130258, 0.27577711)
+import clip
+from clip import shapes
+from clip.clip import MEAN, STD
+
 TEMPLATE = "a photo of a {}."
+ENSEMBLE = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
+            "a {} in a video game.", "art of the {}.", "a photo of the small {}.")  # CLIP's best 7
+CHECKED = 200_000               # with more images than that, none is opened before it is needed
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")    # judged by content, not by name
 
@@ -59,10 +77,13 @@ class DataError(ValueError):
 
 def decode(path, draft=False):
     """The image as PIL RGB, EXIF orientation not applied (CLIP's preprocess does not either).
-    `draft` decodes a JPEG at 1/8 of its size: enough to find out whether it is intact."""
+    draft: decodes, a JPEG at 1/8 of its size, only to see that it can be done; (width, height)."""
     with Image.open(path, formats=FORMATS) as im:
+        size = im.size
         if draft:
             im.draft("RGB", (1, 1))
+            im.load()
+            return size
         if isinstance(im.info.get("transparency"), bytes):
             im = im.convert("RGBA")                     # same colours, without Pillow's warning
         return im.convert("RGB")
@@ -72,12 +93,14 @@ class Images(Dataset):
     """N images and, if they are known, their true classes.
 
     names: N relative paths. y_true: (N,) int64 or None; for accuracy and diagnostics only.
-    Source: the files `root/files[i]`, or the PIL images in `pictures`.
+    Source: the files `root/files[i]`, of (width, height) `sizes[i]`; or the PIL images `pictures`.
+    sizes is None if the files were not checked; then an unreadable one is grey, with a warning.
     """
-    def __init__(self, names, y_true=None, root=None, pictures=None):
-        self.files, self.root, self.pictures = list(names), root, pictures
+    def __init__(self, names, y_true=None, root=None, pictures=None, sizes=None):
+        self.files, self.root, self.pictures, self.sizes = list(names), root, pictures, sizes
         self.names = [_text(name) for name in self.files]
         self.y_true = None if y_true is None else torch.as_tensor(y_true, dtype=torch.long)   # (N,)
+        self.kept = None                                # see `keep_decoded`
         if self.y_true is not None and self.y_true.shape != (len(self.names),):
             raise ValueError(f"{len(self.names)} images but labels {tuple(self.y_true.shape)}")
 
@@ -91,20 +114,38 @@ class Images(Dataset):
         try:
             return decode(os.path.join(self.root, self.files[i]))
         except Exception as e:                          # Pillow's plugins raise nearly anything
+            if self.sizes is None:
+                print(f"warning: grey instead of {self.names[i]}: {_reason(e)}", file=sys.stderr)
+                return Image.new("RGB", (256, 256), "grey")
             raise DataError(f"cannot read {self.names[i]} any more: {_reason(e)}") from None
 
     __getitem__ = image
 
+    def pixels(self, i, kinds):
+        """{prepare: prepare(image i)} for `prepare` in kinds, (H, W, 3) uint8 each."""
+        if self.kept is not None and set(kinds) <= set(self.kept.kinds):
+            return self.kept.pixels(i, partial(self.image, i))
+        image = self.image(i)
+        return {prepare: prepare(image) for prepare in set(kinds)}
+
+    def subset(self, indices):
+        """The images `indices`, in that order."""
+        def pick(x):
+            return None if x is None else [x[i] for i in indices]
+        y = None if self.y_true is None else self.y_true[list(indices)]
+        return Images(pick(self.files), y, self.root, pick(self.pictures), pick(self.sizes))
+
     def view(self, *transforms):
         """Dataset whose item i is (t1(image), t2(image), ..., i): one decoding, and no label."""
-        return View(Images(self.files, None, self.root, self.pictures), transforms)
+        return View(self, transforms)
 
 
 class View(Dataset):
     """See `Images.view`. Item (i, seed), as `Order` asks for it, is item i with the random numbers
     of its transforms drawn from `seed`; torch's global random state is left as it was."""
     def __init__(self, images, transforms):
-        self.images, self.transforms = images, transforms
+        self.images, self.transforms = copy.copy(images), transforms
+        self.images.y_true = None                       # the label firewall
 
     def __len__(self):
         return len(self.images)
@@ -115,8 +156,8 @@ class View(Dataset):
             item, seed = item
             state = rng.get_state()
             rng.manual_seed(seed)
-        image = self.images.image(item)
-        views = (*(t(image) for t in self.transforms), item)
+        pixels = self.images.pixels(item, [t.prepare for t in self.transforms])
+        views = (*(t(pixels[t.prepare]) for t in self.transforms), item)
         if state is not None:
             rng.set_state(state)
         return views
@@ -130,24 +171,139 @@ class Data:
     class_names: list           # C strings, as they go into the prompt
     templates: list             # prompts with one {} for the class name
     description: str
+    title: str | None           # of a known public data set
 
 
 # ---- transforms and batches ----
+# A transform has two halves: `prepare` turns the decoded image into uint8 pixels, always the same
+# for an image, so that they can be kept; calling the transform does the random rest.
 
-def to_rgb(image):
-    return image.convert("RGB")
+def to_pixels(image):
+    """PIL image -> (H, W, 3) uint8."""
+    return T.functional.pil_to_tensor(image.convert("RGB")).permute(1, 2, 0).contiguous()
+
+
+class Square(NamedTuple):
+    """CLIP's own preprocess up to the pixels: short side to `size`, bicubic, central square."""
+    size: int
+
+    def shape(self, w, h):
+        return self.size, self.size
+
+    def __call__(self, image):
+        image = T.functional.resize(image, self.size, T.InterpolationMode.BICUBIC)
+        return to_pixels(T.functional.center_crop(image, self.size))
+
+
+class Short(NamedTuple):
+    """The short side reduced to `size` where it is longer: what random crops are taken from."""
+    size: int
+
+    def shape(self, w, h):
+        r = min(1, self.size / min(w, h))
+        return max(1, round(h * r)), max(1, round(w * r))
+
+    def __call__(self, image):
+        x = to_pixels(image).permute(2, 0, 1)[None]                             # (1, 3, H, W)
+        shape = self.shape(*image.size)
+        if shape != x.shape[2:]:
+            x = F.interpolate(x, shape, mode="bicubic", antialias=True)
+        return x[0].permute(1, 2, 0).contiguous()                               # (H, W, 3)
+
+
+class Plain(NamedTuple):
+    """CLIP's preprocess. Transforms take (H, W, 3) and give (3, R, R), both uint8."""
+    prepare: Square
+
+    def __call__(self, x):
+        return x.permute(2, 0, 1)
+
+
+class Augment(NamedTuple):
+    """A random crop with an area in `area` of the picture, flipped in half the cases; then
+    torchvision's RandAugment, if asked for."""
+    prepare: Short
+    size: int
+    area: tuple
+    randaugment: bool = False
+
+    def __call__(self, x):
+        x = x.permute(2, 0, 1)                                                  # (3, H, W)
+        top, left, h, w = T.RandomResizedCrop.get_params(x, self.area, (3 / 4, 4 / 3))
+        x = F.interpolate(x[None, :, top:top + h, left:left + w], (self.size, self.size),
+                          mode="bicubic", antialias=True)[0]                    # (3, R, R)
+        if torch.rand(()) < 0.5:
+            x = x.flip(2)
+        if self.randaugment:
+            image = T.RandAugment(num_ops=2, magnitude=9)(T.functional.to_pil_image(x))
+            x = T.functional.pil_to_tensor(image)
+        return x
 
 
 def transforms(size):
-    """(test, weak, strong): PIL image -> (3, size, size) tensor. test is CLIP's preprocess."""
-    bicubic = InterpolationMode.BICUBIC
-    tensor = [to_rgb, T.ToTensor(), T.Normalize(MEAN, STD)]
-    crop = partial(T.RandomResizedCrop, size, interpolation=bicubic)
-    flip, augment = T.RandomHorizontalFlip(), T.RandAugment(num_ops=2, magnitude=9)
-    test = T.Compose([T.Resize(size, interpolation=bicubic), T.CenterCrop(size), *tensor])
-    weak = T.Compose([crop(scale=(0.6, 1.0)), flip, *tensor])
-    strong = T.Compose([crop(scale=(0.4, 1.0)), flip, augment, *tensor])
-    return test, weak, strong
+    """(test, weak, strong) for images of size x size pixels; see `Plain` and `Augment`."""
+    short = Short(round(size * 256 / 224))
+    return (Plain(Square(size)), Augment(short, size, (0.6, 1.0)),
+            Augment(short, size, (0.4, 1.0), randaugment=True))
+
+
+def normalize(x):
+    """uint8 pixels (..., 3, R, R) -> CLIP's floats, bit for bit those of its preprocess."""
+    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
+    return x.float().div_(255).sub_(mean).div_(std)
+
+
+class Kept:
+    """Pixels of N images, (H, W, 3) uint8 for each kind of `prepare`, in memory (or a temporary
+    file) that the loader's processes share and fill as images are first asked for."""
+    def __init__(self, sizes, kinds):
+        self.kinds, self.done = kinds, mmap.mmap(-1, len(sizes))                # done: a byte each
+        self.shape = {f: [f.shape(w, h) for w, h in sizes] for f in kinds}
+        ends = torch.tensor([3 * h * w for f in kinds for h, w in self.shape[f]]).cumsum(0)
+        self.end, self.bytes = dict(zip(kinds, ends.view(len(kinds), -1))), int(ends[-1])
+
+    def allocate(self, file=None):
+        """Takes the memory, or the space in an open file; either is filled lazily."""
+        if file is not None:
+            file.truncate(self.bytes)
+        memory = mmap.mmap(-1 if file is None else file.fileno(), self.bytes)
+        self.memory = torch.frombuffer(memory, dtype=torch.uint8)
+
+    def pixels(self, i, decoded):
+        """{prepare: (H, W, 3) uint8} of image i; decoded() is called the first time only."""
+        views = {}
+        for f in self.kinds:
+            (h, w), end = self.shape[f][i], int(self.end[f][i])
+            views[f] = self.memory[end - 3 * h * w:end].view(h, w, 3)
+        if not self.done[i]:
+            image = decoded()
+            for f, view in views.items():
+                view.copy_(f(image))
+            self.done[i] = 1
+        return views
+
+
+def keep_decoded(found, transforms, gb):
+    """From now on each file of `found` is decoded once, and its pixels are kept: in memory up to
+    `gb` GB; if they need more, in a temporary file of at most half of the free disk space; else
+    they are decoded each time, with the same results. Returns a line that says which. Call it
+    before `view`.
+
+    Spawned processes (macOS, Windows) cannot share what is kept: they need workers=0.
+    """
+    if found.train.pictures is not None:
+        return "the images are in memory"
+    kinds = list(dict.fromkeys(t.prepare for t in transforms))
+    sets = [(found.train, kinds)] + [(found.test, kinds[:1])] * (found.test is not found.train)
+    kept = [Kept(images.sizes, some) for images, some in sets if images.sizes]
+    size = sum(k.bytes for k in kept) / 2**30
+    in_memory, free = size <= gb, shutil.disk_usage(tempfile.gettempdir()).free / 2**30
+    if len(kept) < len(sets) or gb <= 0 or not (in_memory or size < free / 2):
+        return "images are decoded anew each time"
+    for (images, _), k in zip(sets, kept):
+        k.allocate(None if in_memory else tempfile.TemporaryFile())
+        images.kept = k
+    return f"decoded images are kept in {size:.1f} GB of {'memory' if in_memory else 'disk space'}"
 
 
 class Order(Sampler):
@@ -168,117 +324,474 @@ class Order(Sampler):
         return iter([(self.indices[k], seeds[k]) for k in order])
 
 
+class Batches:
+    """What `loader` returns: batches (x1, x2, ..., index), the x normalised floats (B, 3, R, R) on
+    the device. What crosses from the loader's processes and to the device is uint8."""
+    def __init__(self, batches, device):
+        self.batches, self.sampler, self.device = batches, batches.sampler, torch.device(device)
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for *views, index in self.batches:
+            yield (*(normalize(x.to(self.device, non_blocking=True)) for x in views), index)
+
+
 def loader(dataset, batch_size, shuffle=False, seed=0, workers=0, device="cpu", drop_last=False,
            subset=None, epoch=0):
-    """DataLoader over a view, or over the images `subset` of it (indices, repeats allowed).
+    """`Batches` of a view, or of the images `subset` of it (indices, repeats allowed).
 
     Order and augmentations follow from (seed, epoch), see `Order`: give `epoch` where a run resumes
     or a new subset begins. drop_last drops nothing where that would leave no batch.
     """
     indices = range(len(dataset)) if subset is None else [int(i) for i in subset]
     order = Order(indices, shuffle, seed, epoch)
-    return DataLoader(dataset, batch_size, sampler=order, num_workers=workers,
-                      drop_last=drop_last and len(order) >= batch_size,
-                      pin_memory=torch.device(device).type == "cuda",
-                      persistent_workers=shuffle and workers > 0,
-                      generator=torch.Generator().manual_seed(0))   # keeps the global one untouched
+    batches = DataLoader(dataset, batch_size, sampler=order, num_workers=workers,
+                         drop_last=drop_last and len(order) >= batch_size,
+                         pin_memory=torch.device(device).type == "cuda",
+                         persistent_workers=shuffle and workers > 0,
+                         generator=torch.Generator().manual_seed(0))    # not the global one
+    return Batches(batches, device)
+
+
+def pick_workers(workers, images):
+    """--workers, or without it: one process per two cores, 4 at most; none for images in memory or
+    where processes do not share what `keep_decoded` keeps."""
+    forked = multiprocessing.get_start_method() == "fork"
+    if workers is None:
+        workers = min(8, os.cpu_count() or 1) // 2 if forked and images.root else 0
+    return workers
 
 
 # ---- layouts ----
 
-class Known(NamedTuple):
-    """A public data set."""
-    title: str
-    folders: tuple              # its folder in CoOp, in torchvision
-    split: str                  # CoOp's split file, beside
-    images: str                 # the folder that the split's paths are relative to
-    template: str
-    annotations: tuple          # the data set's own files, train and test, without CoOp's split
-    official: Callable          # their reader: root -> {part: [(path, label, class name), ...]}
-
-
 class Found(NamedTuple):
     """What the reader of a layout returns. Paths are relative to the folder, labels int or None;
-    class_names None: only --classes can tell."""
+    class_names None: only --classes can tell. pictures: for images that are not files."""
     layout: str
     train: list                 # [(path, label), ...]
     test: list
     class_names: list | None
-    template: str = TEMPLATE
+    pictures: tuple | None = None
 
 
-def coop_split(known, root):
-    """split_zhou_*.json: {"train": [[path, label, class name], ...], "val": ..., "test": ...}."""
+class Known(NamedTuple):
+    """A public data set, as it lies on people's disks."""
+    title: str | None
+    folders: tuple              # its folder is called so by CoOp, by torchvision, by others
+    template: str = TEMPLATE    # CoOp's hand-crafted prompt
+    split: str = ""             # CoOp's split file
+    images: str = ""            # the folder that the split's paths are relative to
+    own: tuple = ()             # its own files and folders/ (or|else/), what `read` reads
+    read: Callable | None = None        # (root, ignored) -> Found, without CoOp's split
+    torchvision: str = ""       # the class that downloads it
+    rename: dict = {}           # class folder -> class name; None: not a class
+    test_only: bool = False
+
+
+def listed(root, ignored, files, line, row, order=None, note=""):
+    """Official lists of images. files: train, test. line: (regular expression, an example);
+    row(*groups) = (path, class, class name). The classes are sorted, or in the order of a file:
+    order = (file, line), whose first group in lower case is the class."""
+    parts = [[row(*groups) for groups in read_lines(root / file, *line)] for file in files]
+    name = {}
+    for file, (path, key, c) in [(f, r) for f, rows in zip(files, parts) for r in rows]:
+        if name.setdefault(key, c) != c:
+            raise DataError(f"{file}: {path}: class {key} is {c} here, but {name[key]} before")
+    keys = ([k.lower() for k, in read_lines(root / order[0], *order[1])] if order
+            else sorted(name))
+    label = {key: k for k, key in enumerate(keys)}
+    lost = [f"{c} of {file}" for file, rows in zip(files, parts) for _, c, _ in rows
+            if c not in label]
+    if lost:
+        raise DataError(f"{order[0]} lacks the class {lost[0]}")
+    train, test = ([(path, label[key]) for path, key, _ in rows] for rows in parts)
+    return Found(f"official split of {' and '.join(files)}{note}", train, test,
+                 [name.get(key, key) for key in keys])
+
+
+def read_lines(path, pattern, example):
+    """The groups of `pattern` in each line of a text file that is neither empty nor a # comment."""
+    for k, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
+        if line.strip() and not line.startswith("#"):
+            match = re.fullmatch(pattern, line.strip())
+            if not match:
+                raise DataError(f"{path.parent.name}/{path.name} line {k}: expected `{example}`, "
+                                f"got `{line[:40]}`")
+            yield match.groups()
+
+
+def read_text(path):
+    """DataError unless it is a file of UTF-8 text; a byte order mark is dropped."""
     try:
-        split = json.loads((root / known.split).read_text(encoding="utf-8-sig"))
-        parts = {part: split.get(part, []) for part in ("train", "val", "test")}
-    except AttributeError:
-        raise DataError(f'{known.split}: expected {{"train": [...], "test": [...]}}') from None
-    except ValueError as e:                             # not JSON, not UTF-8: says line and column
-        raise DataError(f"{known.split} is not valid JSON: {e}") from None
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) else "expected UTF-8 text"
+        raise DataError(f"{path}: {reason}") from None
+
+
+def read_json(path):
+    """DataError with line and column unless it is JSON in which no key is given twice."""
+    def unique(pairs):
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
+            raise ValueError(f"key {twice[0]!r:.60} is given twice")
+        return found
+    try:
+        return json.loads(read_text(path), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as e:
+        if isinstance(e, DataError):
+            raise
+        raise DataError(f"{os.path.basename(path)} is not valid JSON: {_reason(e)}") from None
+
+
+MAT_NUMBERS = {1: "b", 2: "B", 3: "h", 4: "H", 5: "i", 6: "I", 7: "f", 9: "d", 12: "q", 13: "Q"}
+MAT_TEXTS = {1: "latin-1", 2: "latin-1", 4: "utf-16-le", 16: "utf-8", 17: "utf-16-le"}
+
+
+def read_mat(path):
+    """{variable: value} of a MATLAB file (version 5 to 7, little-endian): numeric arrays as flat
+    lists, char as str, cells as lists, structs as lists of dicts. DataError for anything else."""
+    raw, room, found = memoryview(path.read_bytes()), 64 << 20, {}
+    try:
+        if raw[124:128] != b"\0\1IM":
+            raise ValueError("expected version 5 to 7, little-endian (save with -v7)")
+        for kind, body in mat_elements(raw, 128):
+            if kind == 15:                              # compressed
+                unzip = zlib.decompressobj()
+                body = memoryview(unzip.decompress(body, room))
+                room -= len(body)
+                if not (unzip.eof and room > 0):
+                    raise ValueError("more than 64 MB, or cut off")
+                kind, body = next(mat_elements(body))
+            name, value = mat_array(kind, body)
+            found[name] = value
+    except StopIteration:
+        raise DataError(f"{path.name}: not a readable .mat file: it ends too early") from None
+    except (ValueError, LookupError, RecursionError, struct.error, zlib.error) as e:
+        raise DataError(f"{path.name}: not a readable .mat file: {_reason(e)}") from None
+    return found
+
+
+def mat_elements(raw, at=0):
+    """(type, contents) of one element after the other."""
+    while at < len(raw):
+        kind, n = struct.unpack_from("<II", raw, at)
+        start = at + 8
+        if kind >> 16:                                  # small: 4 bytes of tag, up to 4 of data
+            kind, n, start = kind & 0xFFFF, min(4, kind >> 16), at + 4
+        if start + n > len(raw):
+            raise ValueError(f"expected {n} more bytes, got {len(raw) - start}")
+        yield kind, raw[start:start + n]
+        at = start + n + (0 if kind == 15 else (at - start - n) % 8)    # padded to 8 bytes
+
+
+def mat_array(kind, raw):
+    """(name, value) of an array element; StopIteration if a part of it is missing."""
+    if kind != 14:
+        raise ValueError(f"expected an array (type 14), got type {kind}")
+    if not raw:                                         # how an empty cell is written
+        return "", []
+    parts = mat_elements(raw)
+    (_, flags), (_, dims), (_, name) = next(parts), next(parts), next(parts)
+    kind, n = flags[0], math.prod(struct.unpack(f"<{len(dims) // 4}I", dims[:128]))
+    if n > len(raw) or kind not in (1, 2, 4, *range(6, 16)) or flags[1] & 8:
+        raise ValueError(f"an array of class {kind} with {n} elements is not read here")
+    fields = [""]
+    if kind == 2:                                       # struct: the fields' names come first
+        (_, width), (_, names) = next(parts), next(parts)
+        width = int.from_bytes(width, "little")
+        fields = [bytes(names[i:i + width]).split(b"\0")[0].decode("latin-1")
+                  for i in range(0, len(names), width)]
+    if kind in (1, 2):
+        rows = [{f: mat_array(*next(parts))[1] for f in fields} for _ in range(n)]
+        value = rows if kind == 2 else [row[""] for row in rows]
+    else:
+        stored, body = next(parts) if n else (1, b"")
+        code = MAT_NUMBERS[stored if kind != 4 else 1]
+        value = (bytes(body).decode(MAT_TEXTS[stored]) if kind == 4 else
+                 list(struct.unpack(f"<{len(body) // struct.calcsize(code)}{code}", body)))
+        if kind != 4 and len(value) != n:
+            raise ValueError(f"expected {n} numbers, got {len(value)}")
+    return bytes(name).decode("latin-1"), value
+
+
+def own_folders(root, ignored, bases=("",), rename={}):
+    """A folder per class in the first of `bases` that is there, and no official split."""
+    base = next(b for b in bases if (root / b).is_dir())
+    names, files = _class_images(root / base, ignored, rename)
+    return hash_split(names, files, base)
+
+
+def hash_split(names, files, base=""):
+    """A fifth of the images is the test set, picked by a hash of the paths below `base`: the same
+    for every seed, machine and place. names: classes; files: [(path, class), ...]."""
+    label, parts = {c: k for k, c in enumerate(names)}, ([], [])            # train, test
+    for file, c in files:
+        digest = hashlib.sha256(file.encode("utf-8", "surrogateescape")).digest()
+        path = f"{base}/{file}" if base else file
+        parts[int.from_bytes(digest, "big") % 5 == 0].append((path, label[c]))
+    if not all(parts):
+        both = sum(parts, [])
+        return Found("class folders, too few images for a split: train = test", both, both, names)
+    return Found("class folders, split by a hash of the paths", *parts, names)
+
+
+def sun397(root, ignored):
+    """SUN397/a/abbey/*.jpg, SUN397/a/apartment_building/outdoor/*.jpg; CoOp's class names have the
+    parts of the path reversed: `outdoor apartment_building`."""
+    base = "SUN397" if (root / "SUN397").is_dir() else ""
+    lists = [f for f in ("Training_01.txt", "Testing_01.txt") if (root / f).is_file()]
+    order = [f for f in ("ClassName.txt", "SUN397/ClassName.txt") if (root / f).is_file()]
+
+    def row(key, file):                                 # /a/apartment_building/outdoor
+        return f"{base}{key}/{file}".lstrip("/"), key.lower(), " ".join(key.split("/")[:1:-1])
+    if len(lists) == 2:
+        return listed(root, ignored, lists, (r"(/\w/.+)/([^/]+)", "/a/abbey/sun_aaa.jpg"), row,
+                      (order[0], (r"(/\w/.+)", "/a/abbey")) if order else None,
+                      ", partition 1: CoOp's test set, the training set has CoOp's val in it")
+    files = [("/" + os.path.dirname(path), os.path.basename(path), path)
+             for path in _list(root / base, ignored, deep=True)]
+    keys = ([key for key, in read_lines(root / order[0], r"(/\w/.+)", "/a/abbey")] if order else
+            sorted({key for key, _, _ in files if re.match(r"/\w/.", key)}))
+    name = {key: row(key, "")[2] for key in keys}
+    return hash_split(list(name.values()), [(path, name[key]) for key, _, path in files
+                                            if key in name], base)
+
+
+def flowers102(root, ignored):
+    """imagelabels.mat: the class, from 1, of each jpg/image_00001.jpg; setid.mat: the split."""
+    labels, sets = read_mat(root / "imagelabels.mat"), read_mat(root / "setid.mat")
+    try:
+        parts = [[(f"jpg/image_{n:05d}.jpg", labels["labels"][n - 1] - 1) for n in sets[part]]
+                 for part in ("trnid", "tstid")]
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise DataError("imagelabels.mat and setid.mat: expected labels, trnid and tstid of the "
+                        "same images") from None
+    names = list(getattr(torchvision.datasets.Flowers102, "classes", ()))
+    if (root / "cat_to_name.json").is_file():           # CoOp's: {"1": "pink primrose", ...}
+        table = read_json(root / "cat_to_name.json")
+        if not isinstance(table, dict) or set(table) != {str(k + 1) for k in range(len(table))}:
+            raise DataError('cat_to_name.json: expected {"1": "pink primrose", "2": ...}')
+        names = [str(table[str(k + 1)]) for k in range(len(table))]
+    if not names:
+        raise DataError("flowers-102: cat_to_name.json with the class names is missing")
+    return Found("official split of setid.mat, not CoOp's", *parts, names)
+
+
+def stanford_cars(root, ignored):
+    """devkit/cars_train_annos.mat and cars_test_annos_withlabels.mat; classes from 1 in
+    devkit/cars_meta.mat, `Acura RL Sedan 2012`, to which CoOp gives the year first."""
+    test = "cars_test_annos_withlabels.mat"
+    test = test if (root / test).is_file() else f"devkit/{test}"
+
+    def read(file, variable, row):
+        try:
+            return [row(v) for v in read_mat(root / file)[variable]]
+        except FileNotFoundError:
+            raise DataError(f"{file} is missing: without it, or CoOp's "
+                            f"split_zhou_StanfordCars.json, there are no labels") from None
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise DataError(f"{file}: expected {variable}, as in the data set's devkit") from None
+    parts = [read(file, "annotations", lambda v: (f"{folder}/{v['fname']}", int(v["class"][0]) - 1))
+             for folder, file in (("cars_train", "devkit/cars_train_annos.mat"),
+                                  ("cars_test", test))]
+    names = read("devkit/cars_meta.mat", "class_names",
+                 lambda c: " ".join([c.split()[-1], *c.split()[:-1]]))
+    return Found("official split: CoOp's test set, the training set has CoOp's val in it", *parts,
+                 names)
+
+
+def ucf101(root, ignored):
+    """ucfTrainTestlist/trainlist01.txt: `ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1`, whose
+    middle frame CoOp has as UCF-101-midframes/Apply_Eye_Makeup/v_ApplyEyeMakeup_g08_c01.jpg."""
+    spelled = {d.replace("_", "").lower(): d for d in _folders(root / "UCF-101-midframes")}
+
+    def row(c, file, _):
+        name = spelled.get(c.lower()) or "_".join(re.findall("[A-Z][^A-Z]*", c))
+        return f"UCF-101-midframes/{name}/{file}.jpg", c.lower(), name
+    files = "ucfTrainTestlist/trainlist01.txt", "ucfTrainTestlist/testlist01.txt"
+    line = r"(\w+)/(\w+)\.avi( \d+)?", "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1"
+    return listed(root, ignored, files, line, row,
+                  ("ucfTrainTestlist/classInd.txt", (r"\d+ (\w+)", "1 ApplyEyeMakeup")),
+                  ": CoOp's test set, the training set has CoOp's val in it")
+
+
+class _Array:
+    """Stands in for a numpy array: keeps its bytes."""
+    def __init__(self, *_):
+        self.raw = b""
+
+    def __setstate__(self, state):
+        self.raw = state[-1]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads arrays, and nothing that could run code."""
+    def find_class(self, module, name):
+        if (module, name) == ("_codecs", "encode"):
+            return lambda text, *_: text.encode("latin1")
+        if module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype"):
+            return _Array
+        raise pickle.UnpicklingError(f"{module}.{name} is not part of an image archive")
+
+
+class Pixels(list):
+    """PIL images of rows of 3,072 bytes: 32 x 32 red, then green, then blue."""
+    def __getitem__(self, i):
+        row = super().__getitem__(i)
+        return Image.merge("RGB", [Image.frombytes("L", (32, 32), row[k:k + 1024])
+                                   for k in (0, 1024, 2048)])
+
+
+def cifar(root, ignored, train, test, meta, key, names):
+    """The Python pickles of CIFAR-10 and -100: {data: (N, 3072) uint8, `key`: N labels}."""
+    def read(file):
+        try:
+            with open(root / file, "rb") as stream:
+                table = _Unpickler(stream, encoding="bytes").load()
+            return {k.decode() if isinstance(k, bytes) else k: v for k, v in table.items()}
+        except OSError:
+            raise
+        except Exception as e:                          # unpickling raises nearly anything
+            raise DataError(f"{file} is not one of CIFAR's files: {_reason(e)}") from None
+    table = read(meta).get(names, ()) if (root / meta).is_file() else ()
+    classes = [c.decode() if isinstance(c, bytes) else c for c in table]
+    C = len(classes) or 1000
+    rows, pictures = [], []
+    for part, files in (("train", train), ("test", test)):
+        labels, pixels = [], Pixels()
+        for file in files:
+            table = read(file)
+            raw, y = getattr(table.get("data"), "raw", b""), table.get(key)
+            if not isinstance(y, list) or len(raw) != 3072 * len(y) or not set(y) <= set(range(C)):
+                raise DataError(f"{file}: expected data (N, 3072) and N {key} below {C}")
+            labels += y
+            pixels += [raw[n:n + 3072] for n in range(0, len(raw), 3072)]
+        rows.append([(f"{part}/{i:05d}.png", y) for i, y in enumerate(labels)])
+        pictures.append(pixels)
+    return Found("official split", *rows, classes or None, pictures=tuple(pictures))
+
+
+SETS = (
+    Known("ImageNet", ("imagenet", "imagenet-1k", "ilsvrc2012")),
+    Known("Caltech101", ("caltech-101", "caltech101"), TEMPLATE, "split_zhou_Caltech101.json",
+          "101_ObjectCategories", ("101_ObjectCategories/",),
+          partial(own_folders, bases=["101_ObjectCategories"]), "Caltech101",
+          {"BACKGROUND_Google": None, "Faces_easy": None, "Faces": "face", "Leopards": "leopard",
+           "Motorbikes": "motorbike", "airplanes": "airplane"}),
+    Known("Oxford Pets", ("oxford_pets", "oxford-iiit-pet"), "a photo of a {}, a type of pet.",
+          "split_zhou_OxfordPets.json", "images",
+          ("annotations/trainval.txt", "annotations/test.txt", "images/"),
+          partial(listed, files=("annotations/trainval.txt", "annotations/test.txt"),
+                  line=(r"(.+)_(\d+) (\d+)( .*)?", "Abyssinian_100 1 1 1"),
+                  row=lambda c, n, k, _: (f"images/{c}_{n}.jpg", int(k), c.lower()),
+                  note=": CoOp's test set, the training set has CoOp's val in it"),
+          "OxfordIIITPet"),
+    Known("Stanford Cars", ("stanford_cars",), TEMPLATE, "split_zhou_StanfordCars.json", "",
+          ("devkit/cars_train_annos.mat", "cars_train/"), stanford_cars),
+    Known("Flowers102", ("oxford_flowers", "flowers-102"), "a photo of a {}, a type of flower.",
+          "split_zhou_OxfordFlowers.json", "jpg", ("imagelabels.mat", "setid.mat", "jpg/"),
+          flowers102, "Flowers102"),
+    Known("Food101", ("food-101", "food101"), "a photo of {}, a type of food.",
+          "split_zhou_Food101.json", "images", 
+          ("meta/train.txt", "meta/test.txt", "meta/classes.txt", "images/"),
+          partial(listed, files=("meta/train.txt", "meta/test.txt"),
+                  line=(r"([^/]+)/(.+)", "apple_pie/1005649"),
+                  row=lambda c, n: (f"images/{c}/{n}.jpg", c.lower(), c),
+                  order=("meta/classes.txt", ("(.+)", "apple_pie")), note=", not CoOp's"),
+          "Food101"),
+    Known("FGVC Aircraft", ("fgvc_aircraft", "fgvc-aircraft-2013b"),
+          "a photo of a {}, a type of aircraft.", "", "",
+          ("images_variant_train.txt", "images_variant_test.txt", "variants.txt", "images/"),
+          partial(listed, files=("images_variant_train.txt", "images_variant_test.txt"),
+                  line=(r"(\d+) (.+)", "1025794 707-320"),
+                  row=lambda n, c: (f"images/{n}.jpg", c.lower(), c),
+                  order=("variants.txt", ("(.+)", "707-320")), note=", which CoOp uses too"),
+          "FGVCAircraft"),
+    Known("SUN397", ("sun397",), TEMPLATE, "split_zhou_SUN397.json", "SUN397",
+          ("SUN397/a/|a/abbey/",), sun397, "SUN397"),
+    Known("DTD", ("dtd",), "{} texture.", "split_zhou_DescribableTextures.json", "images",
+          ("labels/train1.txt", "labels/test1.txt", "images/"),
+          partial(listed, files=("labels/train1.txt", "labels/test1.txt"),
+                  line=(r"([^/]+)/(.+)", "banded/banded_0002.jpg"),
+                  row=lambda c, file: (f"images/{c}/{file}", c, c), note=", not CoOp's"),
+          "DTD"),
+    Known("EuroSAT", ("eurosat", "eurosat_rgb"), "a centered satellite photo of {}.",
+          "split_zhou_EuroSAT.json", "2750", ("2750/AnnualCrop/|AnnualCrop/",),
+          partial(own_folders, bases=["2750", ""]), "EuroSAT",
+          {"AnnualCrop": "Annual Crop Land", "HerbaceousVegetation": "Herbaceous Vegetation Land",
+           "Highway": "Highway or Road", "Industrial": "Industrial Buildings",
+           "Pasture": "Pasture Land", "PermanentCrop": "Permanent Crop Land",
+           "Residential": "Residential Buildings", "SeaLake": "Sea or Lake"}),
+    Known("UCF101", ("ucf101",), "a photo of a person doing {}.", "split_zhou_UCF101.json",
+          "UCF-101-midframes", ("UCF-101-midframes/", "ucfTrainTestlist/classInd.txt"), ucf101),
+    Known("CIFAR-10", ("cifar-10-batches-py", "cifar10", "cifar-10"), TEMPLATE, "", "",
+          ("data_batch_1", "test_batch"),
+          partial(cifar, train=[f"data_batch_{k}" for k in range(1, 6)], test=["test_batch"],
+                  meta="batches.meta", key="labels", names="label_names"), "CIFAR10"),
+    Known("CIFAR-100", ("cifar-100-python", "cifar100", "cifar-100"), TEMPLATE, "", "",
+          ("train", "test"),
+          partial(cifar, train=["train"], test=["test"], meta="meta", key="fine_labels",
+                  names="fine_label_names"), "CIFAR100"),
+    Known("Imagenette", ("imagenette2", "imagenette", "imagenette2-320", "imagenette2-160"),
+          torchvision="Imagenette"),
+    Known("ImageNet-V2", ("imagenetv2", "imagenetv2-matched-frequency-format-val"), test_only=True),
+    Known("ImageNet-Sketch", ("imagenet-sketch",), test_only=True),
+    Known("ImageNet-A", ("imagenet-adversarial", "imagenet-a"), test_only=True),
+    Known("ImageNet-R", ("imagenet-rendition", "imagenet-r"), test_only=True),
+)
+
+OTHER = Known(None, ())        # a user's own data
+
+
+def expected(known=None):
+    """What --data may be, for error messages."""
+    def tree(k):
+        own = ", ".join(n.replace("|", " or ") for n in k.own)
+        coop = f"\n  {k.folders[0]}/ with {k.split} and {k.images or 'its images'}/" * bool(k.split)
+        return coop + f"\n  {k.folders[0]}/ with {own}" * bool(own)
+    if known and tree(known):
+        return "Expected one of" + tree(known)
+    return f"""Expected one of
+  DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg (or val)
+  DIR/CLASS/*.jpg
+  DIR/*.jpg and --classes FILE|a,b,c
+  a data set as CoOp or torchvision lays it out: {', '.join(k.folders[0] for k in SETS)}"""
+
+
+def read_coop(known, root):
+    """split_zhou_*.json: {"train": [[path, label, class name], ...], "val": ..., "test": ...}.
+    Class names and their order are those of its training part."""
+    split = read_json(root / known.split)
+    if not isinstance(split, dict):
+        raise DataError(f'{known.split}: expected {{"train": [...], "test": [...]}}')
+    names, parts = {}, {part: split.get(part, []) for part in ("train", "val", "test")}
     for part, rows in parts.items():
         for k, row in enumerate(rows if isinstance(rows, list) else [rows]):
             if not (isinstance(row, list) and [type(x) for x in row] == [str, int, str]):
                 raise DataError(f"{known.split}: {part}[{k}]: expected [path, label, class name], "
                                 f"got {json.dumps(row)[:60]}")
-        parts[part] = [(f"{known.images}/{path.lstrip('/')}", label, c) for path, label, c in rows]
-    return parts
-
-
-def pets_official(root):
-    """annotations/{trainval,test}.txt: lines `Abyssinian_100 1 1 1` = image, class from 1, ..."""
-    parts = {}
-    for part, name in (("train", "trainval.txt"), ("test", "test.txt")):
-        parts[part] = []
-        lines = (root / "annotations" / name).read_text("utf-8", errors="replace").splitlines()
-        for k, line in enumerate(lines, 1):
-            if line.strip() and not line.startswith("#"):
-                stem, label = (line.split() + ["", ""])[:2]
-                if not ("_" in stem and label.isdecimal()):
-                    raise DataError(f"annotations/{name} line {k}: "
-                                    f"expected `Abyssinian_100 1 1 1`, got `{line[:40]}`")
-                breed = stem.rpartition("_")[0].lower()
-                parts[part].append((f"images/{stem}.jpg", int(label) - 1, breed))
-    return parts
-
-
-SETS = {
-    "oxford_pets": Known("Oxford Pets", ("oxford_pets", "oxford-iiit-pet"),
-                         "split_zhou_OxfordPets.json", "images", "a photo of a {}, a type of pet.",
-                         ("annotations/trainval.txt", "annotations/test.txt"), pets_official),
-}
-
-EXPECTED = "Expected one of" + "".join(f"""
-  {s.folders[0]}/ with {s.split} and {s.images}/
-  {s.folders[1]}/ with {', '.join(s.annotations)} and {s.images}/""" for s in SETS.values()) + """
-  DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg (or val)
-  DIR/CLASS/*.jpg
-  DIR/*.jpg and --classes FILE|a,b,c"""
-
-
-def read_known(known, root, classes, ignored):
-    """A data set of `SETS`. Class names and their order are those of its training part."""
-    if (root / known.split).is_file():
-        source, parts = known.split, coop_split(known, root)
-        layout = f"{known.title}, CoOp layout, {source}, {len(parts['val'])} images of val not used"
-    else:
-        source, parts = ", ".join(known.annotations), known.official(root)
-        layout = f"{known.title}, official split of {source}, no {known.split}"
-    names = {}
-    for _, label, name in parts["train"]:
-        if names.setdefault(label, name) != name:
-            raise DataError(f"{source}: label {label} is both {names[label]} and {name}")
+            if part == "train" and names.setdefault(row[1], row[2]) != row[2]:
+                raise DataError(f"{known.split}: label {row[1]} is both {names[row[1]]} and "
+                                f"{row[2]}")
     labels = sorted(names.keys() | {label for _, label, _ in parts["test"]})
     if not names or labels != list(range(len(names))):
-        raise DataError(f"{source}: training labels must be 0, 1, 2, ... without a gap and test "
-                        f"labels be among them; {len(names)} classes, labels {str(labels)[:60]}")
-    train, test = ([row[:2] for row in parts[part]] for part in ("train", "test"))
-    return Found(layout, train, test, [names[k] for k in labels], known.template)
+        raise DataError(f"{known.split}: training labels must be 0, 1, 2, ... without a gap and "
+                        f"test labels be among them; {len(names)} classes, labels "
+                        f"{str(labels)[:60]}")
+    base = f"{known.images}/" if known.images else ""
+    train, test = ([(base + path.lstrip("/"), label) for path, label, _ in parts[part]]
+                   for part in ("train", "test"))
+    return Found(f"CoOp layout, {known.split}, {len(parts['val'])} images of val not used",
+                 train, test, [names[k] for k in labels])
 
 
-def read_train_test(train, tests, root, classes, ignored):
+def read_train_test(train, tests, root, ignored, known, classes):
     """train/ and test|val/, each with class folders or with unlabelled images."""
-    listed = {d: _class_images(root / d, ignored) for d in (train, *tests)}
+    listed = {d: _class_images(root / d, ignored, known.rename) for d in (train, *tests)}
     test = ([d for d in tests if listed[d][0]] or tests)[0]   # rather a labelled val/
     names = listed[train][0] or listed[test][0] or classes
     extra = [c for c in listed[test][0] if c not in names]
@@ -291,101 +804,248 @@ def read_train_test(train, tests, root, classes, ignored):
     return Found(" + ".join(kinds) + unused, *parts, names)
 
 
-def read_class_folders(root, classes, ignored):
+def read_class_folders(root, ignored, known, classes):
     """A folder per class and no split: layout 4 of this file's docstring."""
-    names, files = _class_images(root, ignored)
+    names, files = _class_images(root, ignored, known.rename)
+    if {f"{c}/" for c in names} & set(known.own):       # cars_train/ is not a class
+        raise DataError(f"{root}: the lists that say the classes are missing. {expected(known)}")
+    if known.title == "ImageNet-V2" and all(map(str.isdecimal, names)):
+        names.sort(key=int)                             # not 0, 1, 10, 100, ...
+    return test_only(names, files) if known.test_only else hash_split(names, files)
+
+
+def read_test_only(test, root, ignored, known, classes):
+    """test|val/ with class folders and no train/."""
+    names, files = _class_images(root / test, ignored, known.rename)
+    return test_only(names, [(f"{test}/{file}", c) for file, c in files])
+
+
+def test_only(names, files):
     label = {c: k for k, c in enumerate(names)}
-    parts = [], []                                      # train, test
-    for file, c in files:
-        digest = hashlib.sha256(file.encode("utf-8", "surrogateescape")).digest()
-        parts[int.from_bytes(digest, "big") % 5 == 0].append((file, label[c]))
-    if not all(parts):
-        both = sum(parts, [])
-        return Found("class folders, too few images for a split: train = test", both, both, names)
-    return Found("class folders, split by a hash of the paths", *parts, names)
+    files = [(file, label[c]) for file, c in files]
+    return Found("test only, train = test", files, files, names)
 
 
-def read_flat(root, classes, ignored):
+def read_flat(root, ignored, known, classes):
     """Images without labels: train = test = all."""
     files = [(file, None) for file in _list(root, ignored)]
     unused = [f", {d}/ not used" for d in _folders(root) if _has_images(root / d)]
     return Found("flat folder, unlabelled, train = test" + "".join(unused), files, files, None)
 
 
+def read_known(root, ignored, known, classes):
+    """A data set of `SETS`, recognised by its files."""
+    if known.split and (root / known.split).is_file():
+        return read_coop(known, root)
+    found = known.read(root, ignored, **({"rename": known.rename} if known.rename else {}))
+    return found._replace(layout=found.layout + (f"; no {known.split}" if known.split else ""))
+
+
 def recognise(root):
-    """The reader of this folder's layout, called with (root, classes, ignored), or None."""
-    for known in SETS.values():
-        official = (*known.annotations, known.images)
-        if (root / known.split).is_file() or all((root / name).exists() for name in official):
-            return partial(read_known, known)
+    """(data set of `SETS` or None, reader of this folder's layout or None). Readers are called with
+    (root, ignored, data set, classes) and return `Found`."""
+    def there(name):                                    # a|b/: the file a or the folder b
+        return any((root / n).is_dir() if n.endswith("/") else (root / n).is_file()
+                   for n in name.split("|"))
+    for known in SETS:
+        if there(known.split or "|") or known.own and all(map(there, known.own)):
+            return known, read_known
     for other in sorted(root.glob("split_zhou_*.json")):    # refuse, never invent another split
-        raise DataError(f"{root} holds {other.name}; known data sets: {', '.join(SETS)}")
+        raise DataError(f"{root} holds {other.name}, which is of no known data set: "
+                        + ", ".join(k.split for k in SETS if k.split))
     folders = _folders(root)
     named = {d.lower(): d for d in folders}
     tests = [named[d] for d in ("test", "val", "valid", "validation") if d in named]
     if "train" in named and tests:
-        return partial(read_train_test, named["train"], tests)
+        return None, partial(read_train_test, named["train"], tests)
     if sum(_has_images(root / d) for d in folders) > 1:
-        return read_class_folders
-    return read_flat if _has_images(root) else None
+        return None, read_class_folders
+    if tests and any(_has_images(root / tests[0] / d) for d in _folders(root / tests[0])):
+        return None, partial(read_test_only, tests[0])
+    return None, read_flat if _has_images(root) else None
+
+
+def search(root, depth=2):
+    """{sub-folder/: (data set, reader)}: root itself, else what its sub-folders hold."""
+    known, reader = recognise(root)
+    if reader:
+        return {"": (known, reader)}
+    folders = _folders(root) if depth else []
+    return {f"{d}/{inside}": found for d in folders[:100]
+            for inside, found in search(root / d, depth - 1).items()}
+
+
+def by_name(folder):
+    """The data set whose folder is called so, or None."""
+    return next((k for k in SETS if str(folder).lower() in k.folders), None)
+
+
+def locate(path):
+    """The folder of --data. A data set may lie there under its other name (PATH/oxford_pets as
+    PATH/oxford-iiit-pet), or be downloaded by torchvision."""
+    root = Path(os.path.expanduser(path))
+    if path and os.path.isdir(root):
+        return root
+    if path and os.path.exists(root):
+        raise DataError(f"{path}: is not a folder. {expected()}")
+    known = by_name(root.name) if path else None
+    for other in known.folders if known else ():
+        if (root.parent / other).is_dir():
+            return root.parent / other
+    if known is None or not known.torchvision:
+        raise DataError(f"{path or '(empty path)'}: no such folder. {expected(known)}")
+    return download(known, root.parent)
+
+
+def download(known, parent):
+    """Downloads a data set into `parent` as torchvision does, and moves it there when complete."""
+    kind = getattr(torchvision.datasets, known.torchvision)
+    print(f"downloading {known.title} with torchvision into {parent}/", flush=True)
+    timeout = socket.getdefaulttimeout()
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".download-") as folder:
+            socket.setdefaulttimeout(60)                # torchvision would wait for ever
+            try:
+                kind(folder, download=True)
+            except ModuleNotFoundError:                 # Flowers102 wants scipy then, we do not
+                pass
+            new = next(d for d in sorted(Path(folder).iterdir()) if d.is_dir())
+            return new.rename(parent / new.name)
+    except Exception as e:                              # network, disk, archive
+        raise DataError(f"{known.title} could not be downloaded ({_reason(e)}). "
+                        f"{expected(known)}") from None
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def wordnet(folders, root, known, classes):
+    """Class folders called n01440764 (ImageNet's WordNet ids) get the names of a classnames.txt
+    beside them, or torchvision's if all 1000 are there; ImageNet-V2's folders 0 to 999 likewise.
+    Other folders are class names themselves."""
+    numbered = known.title == "ImageNet-V2" and folders == [str(k) for k in range(1000)]
+    wnids = all(re.fullmatch(r"n\d{8}", d) for d in folders)
+    if not (numbered or wnids):
+        return folders
+    if classes and len(classes) == len(folders):
+        return classes
+    near = (root, root.parent, root.parent / "imagenet", root.parent.parent / "imagenet")
+    for file in (d / f for f in ("classnames.txt", "words.txt") for d in near):
+        table = dict(read_lines(file, r"(n\d{8})\s+([^,]+).*", "n01440764 tench")
+                     if file.is_file() else ())
+        if numbered and len(table) == 1000:
+            return [table[w] for w in sorted(table)]
+        if wnids and table.keys() >= set(folders):
+            return [table[w] for w in folders]
+    if len(folders) == 1000:
+        return list(torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
+    table = getattr(torchvision.datasets.Imagenette, "_WNID_TO_CLASS", {})
+    if table.keys() >= set(folders):
+        return [table[w][0] for w in folders]
+    raise DataError(f"{root}: the class folders are WordNet ids ({folders[0]}, ...): put CoOp's "
+                    f"classnames.txt, lines like `n01440764 tench`, beside them, or name the "
+                    f"{len(folders)} classes with --classes")
 
 
 # ---- load ----
 
-def load(path, classes=None):
+def load(path, classes=None, template=None):
     """`Data` of a folder or of demo[:STYLE]. Reads every image once; prints a warning for bad ones.
 
     classes: None, a list of names, "a,b,c", or a file with one name per line. If the folder has
     class names of its own they must be the same in the same order (any case or underscores).
+    template: None for the data set's own, "ensemble" for `ENSEMBLE` and that, or a text with {}.
     Raises DataError.
     """
     path, classes = os.fspath(path), class_list(classes)
     if path == "demo" or path.startswith("demo:"):
-        drawn = [demo_images(path[5:], part) for part in ("train", "test")]     # (images, y, names)
-        sets = [Images([f"{part}/{i:05d}.png" for i in range(len(pictures))], y, pictures=pictures)
-                for part, (pictures, y, _) in zip(("train", "test"), drawn)]
-        return _data(f"{path}, drawn here", sets, check_classes(drawn[0][2], classes), TEMPLATE)
-    root = Path(os.path.expanduser(path))
-    if not path or not os.path.isdir(root):
-        what = "is not a folder" if path and os.path.exists(root) else "no such folder"
-        raise DataError(f"{path or '(empty path)'}: {what}. {EXPECTED}")
-    ignored = Counter()
+        found, root, inside, data_set = read_demo(path[5:]), None, "", OTHER
+        ignored = Counter()
+    else:
+        root = locate(path)
+        found, inside, data_set, ignored = read_folder(path, root, classes)
+    if not (found.class_names or classes):
+        raise DataError(f"{path} holds {len(found.train)} images without class names: give "
+                        f"--classes FILE|a,b,c")
+    own = wordnet(found.class_names or classes, root / inside, data_set, classes) if root else (
+        found.class_names)
+    names = check_classes(own, classes, unique=own == found.class_names and data_set is OTHER)
+    train, test = ([(inside + file, label) for file, label in part]
+                   for part in (found.train, found.test))
+    if found.pictures:
+        sets = [Images(*zip(*part), pictures=pictures)              # names, labels
+                for part, pictures in zip((train, test), found.pictures)]
+    else:
+        sets = readable(path, root, train, test)
+    templates = templates_of(template, data_set.template)
+    line = (f"{data_set.title + ', ' if data_set.title else ''}"
+            f"{'in ' + inside + ': ' if inside else ''}{found.layout}: {len(names)} classes, "
+            f'{len(sets[0])} training and {len(sets[1])} test images, "{templates[0]}"')
+    if templates[1:]:
+        line += f" and {len(templates) - 1} more templates"
+    if ignored:
+        line += "; ignored: " + ", ".join(f"{n} {kind}" for kind, n in sorted(ignored.items()))
+    return Data(*sets, names, templates, line, data_set.title)
+
+
+def read_demo(style):
+    """The drawn world of `clip/shapes.py`; its default style is "narrow"."""
+    style = style or "narrow"
+    if style not in shapes.STYLES:
+        raise DataError(f"demo:{style}: unknown style, expected one of {', '.join(shapes.STYLES)}")
+    drawn = [shapes.pictures(style, part) for part in ("train", "test")]    # (PIL images, labels)
+    rows = [[(f"{part}/{i:05d}.png", k) for i, k in enumerate(y)]
+            for part, (_, y) in zip(("train", "test"), drawn)]
+    return Found(f"demo:{style}, drawn here", *rows, list(shapes.SHAPES),
+                 pictures=(drawn[0][0], drawn[1][0]))
+
+
+def read_folder(path, root, classes):
+    """(Found, sub-folder with a slash or "", data set, count of ignored files)."""
+    ignored, inside = Counter(), ""
     try:
-        reader, inside = recognise(root), ""
-        if reader is None:
-            readers = {d: reader for d in _folders(root) if (reader := recognise(root / d))}
-            if len(readers) != 1:
-                raise DataError(f"{path} holds several data sets, give one: {', '.join(readers)}"
-                                if readers else f"{path}: no images in a known layout. {EXPECTED}")
-            (folder, reader), = readers.items()
-            inside = folder + "/"
-        found = reader(root / inside, classes, ignored)
+        readers = search(root)
+        if len(readers) != 1:
+            several = ", ".join(inside[:-1] for inside in readers)
+            raise DataError(f"{path} holds several data sets, give one: {several}" if readers else
+                            f"{path}: no images in a known layout. "
+                            + expected(by_name(root.resolve().name)))
+        (inside, (known, reader)), = readers.items()
+        for folder in (root.resolve().name, *inside.split("/")):
+            known = known or by_name(folder)
+        known = known or OTHER
+        found = reader(root / inside, ignored, known, classes)
     except OSError as e:
         raise DataError(f"cannot read {e.filename or path}: {e.strerror or e}") from None
-    if not (found.class_names or classes):
-        raise DataError(f"{path} holds {len(found.train)} images without labels: name the classes "
-                        f"with --classes FILE|a,b,c")
-    names = check_classes(found.class_names or classes, classes)
-    parts = [[(inside + file, label) for file, label in part] for part in (found.train, found.test)]
-    bad = find_unreadable(root, sorted({file for part in parts for file, _ in part}))
+    return found, inside, known, ignored
+
+
+def readable(path, root, train, test):
+    """[training, test] `Images`, without the files that cannot be read; one object if they are the
+    same. With more than CHECKED files none is opened here."""
+    same = train == test
+    files = sorted({file for part in (train, test) for file, _ in part})
+    sizes, bad = check_files(root, files) if len(files) <= CHECKED else (None, {})
     sets = []
-    for which, part in zip(("training", "test"), parts):
+    for which, part in (("training", train), ("test", test))[:1 if same else 2]:
         good = [row for row in part if row[0] not in bad]
         if not good:
             first = f": {_text(part[0][0])} {bad[part[0][0]]}, ..." if part else ""
             raise DataError(f"{path}: none of {len(part)} {which} images can be read{first}")
-        files, labels = zip(*good)
-        sets.append(Images(files, None if None in labels else labels, root))
-    layout = (f"in {inside}: " if inside else "") + found.layout
-    return _data(layout, sets, names, found.template, ignored)
+        names, labels = zip(*good)
+        sets.append(Images(names, None if None in labels else labels, root,
+                           sizes=sizes and [sizes[name] for name in names]))
+    return sets * 2 if same else sets
 
 
-def _data(layout, sets, names, template, ignored=()):
-    line = (f"{layout}: {len(names)} classes, {len(sets[0])} training and {len(sets[1])} test "
-            f'images, "{template}"')
-    if ignored:
-        line += "; ignored: " + ", ".join(f"{n} {kind}" for kind, n in sorted(ignored.items()))
-    return Data(*sets, names, [template], line)
+def templates_of(template, own):
+    """The prompts of --template; the first is the one that learnable prompts start from."""
+    if template in (None, "ensemble"):
+        return [own] + [t for t in ENSEMBLE if template and t != own]
+    if template.count("{}") != 1 or re.search(r"[{}]", template.replace("{}", "")):
+        raise DataError(f"--template {template!r}: expected `ensemble` or a text with one {{}} for "
+                        f"the class name")
+    return [template]
 
 
 def class_list(classes):
@@ -406,15 +1066,16 @@ def class_list(classes):
     return check_classes([c for c in classes if c.strip()])
 
 
-def check_classes(names, wanted=None):
+def check_classes(names, wanted=None, unique=True):
     """Class names as they go into the prompt: spaces for underscores, `wanted`'s spelling if given.
-    DataError unless they are two or more, all different, and the same as `wanted` in its order."""
+    DataError unless they are two or more, all different if they must be unique (ImageNet has two
+    `missile`), and the same as `wanted` in its order."""
     names = [" ".join(_text(c).replace("_", " ").split()) for c in names]
     if len(names) < 2 or "" in names:
         raise DataError(f"at least two classes with a name are needed, got {names[:5]} "
                         f"(--classes a,b,c or a file with one name per line)")
     twice = [c for c, n in Counter(map(str.casefold, names)).items() if n > 1]
-    if twice:
+    if twice and unique:
         raise DataError(f"class names must differ, whatever their case: {', '.join(twice[:5])}")
     for k, (a, b) in enumerate(zip_longest(wanted or names, names, fillvalue="missing"), 1):
         if a.casefold() != b.casefold():
@@ -423,31 +1084,42 @@ def check_classes(names, wanted=None):
     return wanted or names
 
 
-def find_unreadable(root, files):
-    """{file: reason} of those that do not decode, tried in threads; a warning line per kind."""
-    def why(file):
+def check_files(root, files):
+    """({file: (width, height)}, {file: why it does not decode}), tried in threads; prints a warning
+    line per kind."""
+    def look(file):
         try:
-            decode(os.path.join(root, file), draft=True)
+            return decode(os.path.join(root, file), draft=True), None
         except FileNotFoundError:
-            return "is missing"
+            return None, "is missing"
         except Exception as e:                          # Pillow's plugins raise nearly anything
-            return _reason(e)
+            return None, _reason(e)
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")                 # Pillow's, about odd but readable files
-        bad = {file: reason for file, reason in zip(files, pool.map(why, files)) if reason}
+        found, shown = [], time.time()
+        for result in pool.map(look, files):
+            found.append(result)
+            if sys.stderr.isatty() and time.time() - shown > 0.5:
+                shown = time.time()
+                print(f"\rlooking at the images: {len(found)} of {len(files)} ", end="",
+                      file=sys.stderr, flush=True)
+    sizes = {file: size for file, (size, _) in zip(files, found)}
+    bad = {file: reason for file, (_, reason) in zip(files, found) if reason}
     missing = [file for file in bad if bad[file] == "is missing"]
     for what, group in (("missing", missing), ("unreadable", sorted(bad.keys() - set(missing)))):
         if group and len(bad) < len(files):
             first = ", ".join(f"{_text(file)} ({bad[file]})" for file in group[:5])
             print(f"warning: {len(group)} of {len(files)} images {what}, skipped: {first}"
                   + (", ..." if len(group) > 5 else ""), file=sys.stderr)
-    return bad
+    return sizes, bad
 
 
 # ---- small helpers ----
 
 def _text(name):
     """A file name as printable text: composed accents, undecodable bytes escaped."""
+    if name.isascii():
+        return name
     return unicodedata.normalize("NFC", name.encode("utf-8", "backslashreplace").decode())
 
 
@@ -477,249 +1149,294 @@ def _is_image(entry):
 
 def _list(folder, ignored, deep=False, seen=()):
     """Paths of the images, relative to folder, sorted; counts in `ignored` what it passes over."""
-    files, here = [], os.path.realpath(folder)
+    files, inside, here = [], [], os.path.realpath(folder)
     if here in seen:                                    # a link back to a folder above
         return files
-    for e in sorted(os.scandir(folder), key=lambda e: e.name):
+    for e in os.scandir(folder):
         if e.name.startswith("."):
             ignored["hidden"] += 1
         elif e.is_dir():
-            if deep:
-                files += [f"{e.name}/{f}" for f in _list(e.path, ignored, deep, (*seen, here))]
+            inside.append(e.name)
         elif _is_image(e):
             files.append(e.name)
         else:
             ignored[os.path.splitext(e.name)[1].lower() or "without extension"] += 1
-    return files
+    for d in inside if deep else ():
+        files += [f"{d}/{f}" for f in _list(os.path.join(folder, d), ignored, deep, (*seen, here))]
+    return sorted(files)
 
 
-def _class_images(folder, ignored):
+def _class_images(folder, ignored, rename={}):
     """(class names, [(path, class name), ...]), or ([], [(path, None), ...]) if there are no class
     folders. The order of the classes is that of torchvision's ImageFolder."""
-    inside = {d: _list(os.path.join(folder, d), ignored, deep=True) for d in _folders(folder)}
-    names = [d for d in inside if inside[d]]
+    folders = [d for d in _folders(folder) if rename.get(d, d) is not None]
+    inside = {d: _list(os.path.join(folder, d), ignored, deep=True) for d in folders}
+    inside = {d: files for d, files in inside.items() if files}
     direct = _list(folder, ignored)
-    if not names:
+    if not inside:
         return [], [(file, None) for file in direct]
     if direct:
         ignored["images outside the class folders"] += len(direct)
-    return names, [(f"{d}/{file}", d) for d in names for file in inside[d]]
+    return ([rename.get(d, d) for d in inside],
+            [(f"{d}/{file}", rename.get(d, d)) for d in inside for file in inside[d]])
 
 
-# ---- demo ----
-# A small world of ten shapes. `clip/tiny.py` pretrains a tiny CLIP on the style "source"; the other
-# styles draw the same shapes with a shift of domain that it has not seen.
+# ---- LLM-written prompts ----
 
-SHAPES = ("circle", "square", "triangle", "star", "heart",
-          "cross", "ring", "crescent", "arrow", "diamond")
-COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220),
-           "yellow": (235, 210, 40), "orange": (240, 140, 30), "purple": (140, 50, 170),
-           "pink": (245, 130, 180), "brown": (130, 80, 40), "black": (20, 20, 20),
-           "white": (245, 245, 245), "gray": (128, 128, 128), "cyan": (50, 200, 220)}
-PIXELS, OVERSAMPLE = 32, 3          # drawn three times as large, then averaged down
-CANVAS = PIXELS * OVERSAMPLE
+def _plain(name):
+    """A class name for comparing: any case, any white space or underscores."""
+    return " ".join(_text(name).replace("_", " ").split()).casefold()
 
 
-@dataclass(frozen=True)
-class Style:
-    """Ranges that one picture's looks are drawn from. Lengths are in pixels of the 32-pixel image
-    unless said otherwise; fill and ground are {kind: weight}."""
-    fill: dict                      # solid, textured, outline, dotted
-    ground: dict                    # plain, gradient, stripes, checks, dots, clouds
-    size: tuple = (0.55, 0.95)      # of half the image
-    shift: float = 0.12             # of the centre, as a fraction of the image
-    rotate: tuple = (-15, 15)       # degrees
-    squeeze: tuple = (0.85, 1.15)   # factor on the width, before the rotation
-    slant: tuple = (0.0, 0.0)       # sideways shear
-    stroke: tuple = (2.0, 4.0)      # width of outlines and of dots
-    contrast: tuple = (110, 500)    # sum of |difference| of the three channels, shape to ground
-    noise: tuple = (0.0, 0.2)       # weight of uniform noise
-    blur: tuple = (0.0, 0.7)
-    clutter: tuple = (0, 1)         # number of stray lines
-    jagged: float = 0.0             # displacement of the corners
-    rarest: float = 1.0             # class frequencies fall geometrically to this one
+def _words(name):
+    """Its letters and digits as sorted words: "apartment building (outdoor)" in any order."""
+    return " ".join(sorted("".join(c if c.isalnum() else " " for c in _plain(name)).split()))
 
 
-SOURCE = Style({"solid": 5, "textured": 2, "outline": 3},
-               {"plain": 45, "gradient": 20, "stripes": 8, "checks": 7, "dots": 8, "clouds": 12})
-CLEAN = Style({"solid": 1}, {"plain": 2, "gradient": 1}, noise=(0.0, 0.08), blur=(0.0, 0.5),
-              contrast=(200, 700))
-NARROW = replace(CLEAN, squeeze=(0.57, 0.72))
-STYLES = {
-    "source": SOURCE,
-    "narrow": NARROW,                                           # seen from the side; the default
-    "slanted": replace(CLEAN, slant=(0.35, 0.6)),
-    "turned": replace(CLEAN, rotate=(18, 32)),
-    "quilt": replace(CLEAN, fill={"solid": 1, "textured": 1}, squeeze=(1.3, 1.55),
-                     ground={"stripes": 1, "checks": 1, "dots": 1}),
-    "beads": replace(CLEAN, fill={"dotted": 1}, stroke=(2.2, 3.0)),
-    "neon": replace(CLEAN, fill={"outline": 1}, stroke=(1.6, 2.4), blur=(1.0, 1.4),
-                    slant=(-0.5, -0.35)),
-    "longtail": replace(NARROW, rarest=0.1),                    # ten circles for one diamond
-}
+# The same class in CoOp's, CLIP's and CuPL's lists of names, where the words differ.
+ALIASES = [{_words(name) for name in line.split("=")} for line in """
+    face = centered face
+    car side = side of a car
+    cougar body = body of a cougar cat
+    cougar face = face of a cougar cat
+    crocodile head = head of a crocodile
+    flamingo head = head of a flamingo
+    snoopy = snoopy (cartoon beagle)
+    yin yang = yin and yang symbol
+    ball moss = air plant
+    pink-yellow dahlia = pink and yellow dahlia
+    handstand pushups = hand stand pushups
+    2012 Ram C/V Cargo Van Minivan = 2012 Ram CV Cargo Van Minivan
+    keyboard = computer keyboard
+    herbaceous vegetation land = HerbaceousVegetation = brushland or shrubland
+    industrial buildings = Industrial = industrial buildings or commercial buildings
+    residential buildings = Residential = residential buildings or homes or apartments
+    annual crop land = AnnualCrop
+    permanent crop land = PermanentCrop
+    highway or road = Highway
+    pasture land = Pasture
+    sea or lake = SeaLake
+    """.strip().splitlines()]
 
 
-def polar(radii, n):
-    """Corners at n equal angles, clockwise from the top, the radii taken in turn."""
-    turns = [2 * math.pi * i / n for i in range(n)]
-    r = [radii[i % len(radii)] for i in range(n)]
-    return [(r * math.sin(t), -r * math.cos(t)) for r, t in zip(r, turns)]
+def match_keys(class_names, keys, path):
+    """{class name: key}, for the classes that have one: the same string, else any case and `_`,
+    else the same words in any order, else an alias. A key that fits one class better is not given
+    to another. DataError if two keys fit a class equally well, or one key two classes."""
+    def aliases(name):
+        return "; ".join(sorted(min((a for a in ALIASES if _words(name) in a), default=())))
+    found = {}
+    for form in (str, _plain, _words, aliases):
+        free, taken = {}, {}
+        for key in keys - set(found.values()):
+            free.setdefault(form(key), []).append(key)
+        for c in dict.fromkeys(c for c in class_names if c not in found):
+            fits = free.get(form(c), []) if form(c) else []
+            if len(fits) > 1:
+                raise DataError(f"{path}: class {c!r:.60} fits two keys: "
+                                + ", ".join(f"{key!r:.60}" for key in sorted(fits)))
+            if fits and taken.setdefault(fits[0], c) != c:
+                raise DataError(f"{path}: key {fits[0]!r:.60} fits two classes: {c!r:.60} and "
+                                f"{taken[fits[0]]!r:.60}")
+        found.update((c, key) for key, c in taken.items())
+    return found
 
 
-def polygons(shape, u):
-    """Corners (x, y) of a shape in [-1, 1]^2, y down; a second polygon is a hole. u(a, b) is a
-    random number: no two stars are the same."""
-    if shape == "circle":
-        return [polar([0.9], 36)]
-    if shape == "square":
-        return [[(-0.8, -0.8), (0.8, -0.8), (0.8, 0.8), (-0.8, 0.8)]]
-    if shape == "triangle":
-        w = u(0.8, 1.0)
-        return [[(0, -0.9), (w, 0.75), (-w, 0.75)]]
-    if shape == "star":
-        return [polar([1.0, u(0.38, 0.5)], 10)]
-    if shape == "heart":
-        turns = [2 * math.pi * i / 40 for i in range(40)]
-        return [[(math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t)
-                                      - math.cos(4 * t)) / 16) for t in turns]]
-    if shape == "cross":
-        a, b = u(0.22, 0.38), 0.95
-        arm = [(-a, -b), (a, -b), (a, -a)]                      # one arm, then turned four times
-        return [[p for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))
-                 for p in [(c * x - s * y, s * x + c * y) for x, y in arm]]]
-    if shape == "ring":
-        return [polar([0.95], 36), polar([0.95 * u(0.4, 0.65)], 36)]
-    if shape == "crescent":                     # the unit disc without a disc of radius r at (d, 0)
-        d, r = u(0.4, 0.6), u(0.75, 0.85)
-        x = (d * d + 1 - r * r) / (2 * d)                       # where the two circles meet
-        a, b = math.acos(x), math.acos((x - d) / r)
-        steps = [i / 30 for i in range(31)]
-        outer = [a + (2 * math.pi - 2 * a) * s for s in steps]
-        inner = [2 * math.pi - b - (2 * math.pi - 2 * b) * s for s in steps]
-        return [[(math.cos(t) + 0.15, math.sin(t)) for t in outer]
-                + [(d + r * math.cos(t) + 0.15, r * math.sin(t)) for t in inner]]
-    if shape == "arrow":
-        a, h = u(0.18, 0.3), u(0.6, 0.8)
-        return [[(-0.95, -a), (0.1, -a), (0.1, -h), (1, 0), (0.1, h), (0.1, a), (-0.95, a)]]
-    assert shape == "diamond", shape
-    w = u(0.55, 0.85)
-    return [[(0, -1), (w, 0), (0, 1), (-w, 0)]]
+def fit(text):
+    """The text, or as many of its first words as CLIP has room for: 77 tokens."""
+    words = text.split(" ")
+    words = words[:76] if len(text) > 2000 else words   # the tokenizer is slow on endless text
+    while words:
+        try:
+            clip.tokenize(" ".join(words))
+            break
+        except RuntimeError:                            # too long for the context length
+            words.pop()
+    return " ".join(words)
 
 
-def texture(kind, a, b, rng):
-    """A canvas in the colours a and b."""
-    picture = Image.new("RGB", (CANVAS, CANVAS), a)
-    if kind == "plain":
-        return picture
-    pen, p = ImageDraw.Draw(picture), int(rng.uniform(6, 15))   # period
-    start = -rng.randrange(2 * p)
-    cells = [start + p * i for i in range(CANVAS // p + 4)]
-    if kind in ("gradient", "clouds"):
-        n = rng.choice([4, 6, 9, 13])
-        mask = (Image.linear_gradient("L").rotate(rng.choice([0, 90, 180, 270]))
-                if kind == "gradient" else Image.frombytes("L", (n, n), rng.randbytes(n * n)))
-        mask = mask.resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
-        return Image.composite(Image.new("RGB", (CANVAS, CANVAS), b), picture, mask)
-    if kind == "stripes":
-        slope = math.tan(rng.uniform(-1, 1))
-        for y in range(start - 2 * CANVAS, 3 * CANVAS, p):
-            line = [(0, y), (CANVAS, y + slope * CANVAS)]
-            pen.line([q[::-1] for q in line] if start % 2 else line, b, max(1, p // 2))
-    elif kind == "checks":
-        for i, x in enumerate(cells):
-            for y in cells[i % 2::2]:
-                pen.rectangle([x, y, x + p - 1, y + p - 1], b)
-    else:
-        for x in cells:
-            for y in cells:
-                pen.ellipse([x, y, x + 0.6 * p, y + 0.6 * p], b)
-    return picture
+def load_prompts(path, class_names, template):
+    """(C lists of sentences in label order, one line about them), as an LLM wrote them.
+
+    JSON: {class name: [sentence, ...]}, see `match_keys` for the names, or [[sentence, ...], ...]
+    in label order. White space is tidied, repetitions are dropped, long sentences cut to CLIP's 77
+    tokens. A class without sentences gets the template, and a warning names it. Raises DataError.
+    """
+    found, C = read_json(path), len(class_names)
+    if not isinstance(found, (dict, list)):
+        raise DataError(f"{path}: expected {{class name: [sentence, ...]}} or [[sentence, ...], "
+                        f"...], got {str(found)[:40]}")
+    table = found if isinstance(found, dict) else dict(enumerate(found))
+    for key, texts in table.items():
+        for k, text in enumerate(texts) if isinstance(texts, list) else [(None, texts)]:
+            if not isinstance(text, str) or k is None:
+                raise DataError(f"{path}: {key!r:.60}{'' if k is None else f'[{k}]'}: expected "
+                                f"{'a list of strings' if k is None else 'a string'}, got "
+                                f"{json.dumps(text)[:40]}")
+    if table is not found and len(table) != C:
+        raise DataError(f"{path}: expected {C} lists, one for each class, got {len(table)}")
+    key_of = match_keys(class_names, table.keys(), path) if table is found else {}
+    keys = [key_of.get(c) for c in class_names] if table is found else list(table)
+    cut, sentences = 0, {}
+    for key in set(keys) - {None}:
+        tidy = list(dict.fromkeys(" ".join(_text(text).split()) for text in table[key]))
+        short = [fit(text) for text in tidy]
+        cut += sum(a != b for a, b in zip(tidy, short))
+        sentences[key] = [text for text in dict.fromkeys(short) if text]
+    prompts = [sentences.get(key, []) for key in keys]
+    missing = [c for c, texts in zip(class_names, prompts) if not texts]
+    if len(missing) == C:
+        raise DataError(f"{path}: no sentences for classes like {class_names[0]!r:.60}; its keys: "
+                        f"{', '.join(f'{key!r:.30}' for key in list(table)[:3]) or 'none'}")
+    if missing:
+        print(f'warning: {path} has no sentences for {len(missing)} of {C} classes, they get '
+              f'"{template}": {", ".join(missing[:20])}{", ..." if len(missing) > 20 else ""}',
+              file=sys.stderr)
+    counts = [len(texts) for texts in prompts if texts]
+    line = (f"{_text(os.path.basename(path))}: {min(counts)} to {max(counts)} sentences for "
+            f"{C - len(missing)} of {C} classes")
+    line += f", {cut} sentences cut to 77 tokens" if cut else ""
+    unused = len(table.keys() - set(keys))
+    return ([texts or [template.format(c)] for c, texts in zip(class_names, prompts)],
+            line + (f", {unused} of {len(table)} keys fit no class" if unused else ""))
 
 
-def draw_dots(pen, corners, width, gap):
-    """Dots along a closed polygon, `gap` apart."""
-    ahead = 0.0                                                 # from here to the next dot
-    for (x0, y0), (x1, y1) in zip(corners, corners[1:] + corners[:1]):
-        length = math.hypot(x1 - x0, y1 - y0)
-        while ahead < length:
-            x, y = x0 + (x1 - x0) * ahead / length, y0 + (y1 - y0) * ahead / length
-            pen.ellipse([x - width / 2, y - width / 2, x + width / 2, y + width / 2], 255)
-            ahead += gap
-        ahead -= length
+# ---- candidate labels, few-shot subsets ----
+# sets (N, C) bool: the classes that image i may be of.
+
+def flip_candidates(y_true, C, q, seed):
+    """sets (N, C): every wrong label enters with probability q, independently of the others (Feng
+    et al. 2020, arXiv 2007.08929); the true one is always in. y_true (N,)."""
+    return _draw(torch.full((len(y_true), C), float(q)), y_true, q, seed)
 
 
-def draw(shape, style, rng):
-    """One shape: (PIL image of 32 x 32 pixels, what a caption could say of it)."""
-    u = rng.uniform
-
-    def colour(other=None):                                     # far enough from the colour `other`
-        for _ in range(50):
-            name = rng.choice(list(COLOURS))
-            rgb = tuple(min(255, max(0, round(rng.gauss(v, 25)))) for v in COLOURS[name])
-            far = other and sum(abs(v - w) for v, w in zip(rgb, other))
-            if other is None or style.contrast[0] <= far <= style.contrast[1]:
-                break
-        return name, rgb
-
-    def second(rgb, low, high):                                 # a colour between rgb and another
-        t = u(low, high)
-        return tuple(round(v + (w - v) * t) for v, w in zip(rgb, colour()[1]))
-
-    def pick(table):
-        return rng.choices(list(table), list(table.values()))[0]
-
-    (ground_name, ground), fill, back = colour(), pick(style.fill), pick(style.ground)
-    name, rgb = colour(ground)
-    size = u(*style.size)
-    radius, angle = size * CANVAS / 2, u(*style.rotate)
-    if shape in ("arrow", "crescent") and rng.random() < 0.5:
-        angle += rng.choice([90, 180, 270])
-    if shape == "cross" and rng.random() < 0.25:
-        angle += 45
-    c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    wide, high, slant = u(*style.squeeze), u(0.85, 1.15), u(*style.slant)
-    room = max(0.0, CANVAS / 2 - radius)
-    cx, cy = (CANVAS / 2 + u(-1, 1) * min(style.shift * CANVAS, room) for _ in range(2))
-    jag = style.jagged * OVERSAMPLE
-    outline = [[(wide * x + slant * y, high * y) for x, y in p] for p in polygons(shape, u)]
-    outline = [[(cx + radius * (x * c - y * s) + rng.gauss(0, jag),
-                 cy + radius * (x * s + y * c) + rng.gauss(0, jag)) for x, y in p]
-               for p in outline]
-    mask = Image.new("L", (CANVAS, CANVAS))
-    pen, width = ImageDraw.Draw(mask), max(2, round(u(*style.stroke) * OVERSAMPLE))
-    for k, p in enumerate(outline):
-        if fill == "outline":
-            pen.line(p + p[:2], 255, width, joint="curve")
-        elif fill == "dotted":
-            draw_dots(pen, p, width, width * u(1.6, 2.2))
-        else:
-            pen.polygon(p, 0 if k else 255)
-    picture = texture(back, ground, second(ground, 0.25, 0.6), rng)
-    kinds = ["stripes", "checks", "dots", "clouds", "gradient"] if fill == "textured" else ["plain"]
-    picture.paste(texture(rng.choice(kinds), rgb, second(rgb, 0.4, 0.8), rng), (0, 0), mask)
-    pen = ImageDraw.Draw(picture)
-    for _ in range(rng.randint(*style.clutter)):
-        x, y, t, length = u(0, CANVAS), u(0, CANVAS), u(0, 2 * math.pi), u(0.1, 0.35) * CANVAS
-        end = (x + length * math.cos(t), y + length * math.sin(t))
-        pen.line([(x, y), end], colour()[1], rng.randint(OVERSAMPLE, 2 * OVERSAMPLE))
-    picture = picture.reduce(OVERSAMPLE).filter(ImageFilter.GaussianBlur(u(*style.blur)))
-    noise = Image.frombytes("RGB", picture.size, rng.randbytes(3 * PIXELS * PIXELS))
-    picture = Image.blend(picture, noise, u(*style.noise))
-    return picture, {"colour": name, "ground": ground_name, "fill": fill, "size": size}
+def hard_candidates(p, y_true, q, seed):
+    """sets (N, C): wrong label k enters with probability min(1, q (C-1) p_k / sum_{j != y} p_j): as
+    many as with `flip_candidates` before the cap, but likely mistakes more often. p (N, C) is a
+    posterior. As in VALEN (Xu et al. 2021), whose division by the maximum cancels."""
+    C = p.shape[1]
+    wrong = p.double().cpu().scatter(1, y_true[:, None], 0.0)                   # (N, C)
+    mass = wrong.sum(dim=1, keepdim=True)                                       # (N, 1)
+    return _draw(torch.where(mass > 0, q * (C - 1) * wrong / mass, q), y_true, q, seed)
 
 
-def demo_images(name, split):
-    """(PIL images, int labels, class names) of a style; "" is the default, "narrow". The pictures
-    depend on style and split alone: about 2,000 to train, 1,000 to test."""
-    name = name or "narrow"
-    if name not in STYLES:
-        raise DataError(f"demo:{name}: unknown style, expected one of {', '.join(STYLES)}")
-    style, rng = STYLES[name], random.Random(f"{name} {split}")
-    n, C = {"train": 2000, "test": 1000}[split], len(SHAPES)
-    weights = [style.rarest ** (k / (C - 1)) for k in range(C)]
-    y = [k for k in range(C) for _ in range(round(n * weights[k] / sum(weights)))]
-    rng.shuffle(y)
-    return [draw(SHAPES[k], style, rng)[0] for k in y], y, list(SHAPES)
+def _draw(chance, y_true, q, seed):
+    if not 0 <= q <= 1:
+        raise ValueError(f"expected q in [0, 1], got {q}")
+    g = torch.Generator().manual_seed(seed)
+    sets = torch.rand(chance.shape, generator=g) < chance                       # (N, C)
+    return sets.scatter(1, y_true[:, None], True)
+
+
+def read_candidates(path, images, class_names):
+    """(sets (N, C) bool, one line about them), from the user's own file about the N images.
+
+    JSON {image: [class, ...]}; or CSV: the image first, then its classes, in columns or separated
+    by | or ;, or a 0/1 column for every class, whose names are the header. Classes are names (any
+    case or underscores) or indices from 0: digits are an index unless a class is called so. Images
+    are found by path, else by a file name that occurs once. Those without an entry get all classes:
+    nothing is known of them. Raises DataError.
+    """
+    N, C, numbers = len(images), len(class_names), {}
+    for k, c in enumerate(class_names):
+        numbers.setdefault(_plain(c), []).append(k)     # ImageNet has two `missile`
+    entries = {}                                        # {image: class indices}
+    for where, image, cells in _candidate_rows(path, numbers):
+        chosen = {k for cell in cells for k in _candidate(cell, numbers, C, where)}
+        if not chosen:
+            raise DataError(f"{where}: expected at least one candidate class, got none")
+        image = re.sub(r"^(\./+)+", "", _text(image).strip().replace("\\", "/"))
+        if entries.setdefault(image, chosen) != chosen:
+            raise DataError(f"{where}: {image!r:.60} occurs twice, with different classes")
+    index = {name: i for i, name in enumerate(images.names)}
+    here, there = (Counter(map(os.path.basename, x)) for x in (index, entries))
+    by_file = {os.path.basename(name): i for name, i in index.items()}
+    sets, seen = torch.ones(N, C, dtype=torch.bool), set()                      # (N, C)
+    for image, chosen in entries.items():
+        file = os.path.basename(image)
+        i = index.get(image, by_file[file] if here[file] == there[file] == 1 else None)
+        if i is not None:
+            sets[i] = torch.zeros(C, dtype=torch.bool).index_fill(0, torch.tensor([*chosen]), True)
+            seen.add(i)
+    if not seen:
+        raise DataError(f"{path}: none of its {len(entries)} images is among the {N} here; "
+                        f"expected names like {images.names[0]!r:.60}, got "
+                        f"{next(iter(entries), '')!r:.60}")
+    line = f"{_text(os.path.basename(path))}: {describe_candidates(sets, images.y_true)}"
+    if len(seen) < N:
+        line += f"; {N - len(seen)} of {N} images have no entry: all classes"
+    unknown = len(entries) - len(seen)
+    return sets, line + (f"; {unknown} entries are of images not here" if unknown else "")
+
+
+def _candidate_rows(path, numbers):
+    """(where, image, [class, ...]) of each entry of a JSON or CSV file."""
+    if str(path).lower().endswith(".json"):
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise DataError(f"{path}: expected {{image: [class, ...]}}, got {str(found)[:40]}")
+        for image, cells in found.items():
+            if not isinstance(cells, list):
+                raise DataError(f"{path}: {image!r:.60}: expected a list of classes, got "
+                                f"{json.dumps(cells)[:40]}")
+            yield f"{path}: {image!r:.60}", image, cells
+        return
+    text = read_text(path)
+    first = text.split("\n", 1)[0]
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True,
+                      delimiter=";" if ";" in first and "," not in first else ",")
+    table = None                                        # the classes of the 0/1 columns
+    try:
+        for k, row in enumerate(rows):
+            image, *cells = [cell.strip() for cell in row] or [""]
+            where = f"{path} line {rows.line_num}"
+            if k == 0 and image.lower() in ("path", "image", "file", "filename", ""):
+                table = cells if cells and all(_plain(c) in numbers for c in cells) else None
+            elif image or any(cells):
+                if table and not (len(cells) == len(table) and set(cells) <= {"0", "1"}):
+                    raise DataError(f"{where}: expected {len(table)} cells with 0 or 1")
+                if table:
+                    cells = [c for c, cell in zip(table, cells) if cell == "1"]
+                yield where, image, [one for cell in cells for one in (
+                    [cell] if _plain(cell) in numbers else re.split("[|;]", cell)) if one.strip()]
+    except csv.Error as e:
+        raise DataError(f"{path} line {rows.line_num}: not a row of a CSV file: {e}") from None
+
+
+def _candidate(cell, numbers, C, where):
+    """The class indices that a name or an index stands for."""
+    name = _plain(cell) if isinstance(cell, str) else None
+    if name in numbers:
+        return numbers[name]
+    if type(cell) is int or name and re.fullmatch("[0-9]{1,9}", name):
+        if 0 <= int(cell) < C:
+            return [int(cell)]
+        raise DataError(f"{where}: expected class indices from 0 to {C - 1}, got {cell}")
+    near = difflib.get_close_matches(str(name)[:100], numbers, n=1, cutoff=0)
+    raise DataError(f"{where}: unknown class {cell!r:.60}, the closest is {near[0]!r}")
+
+
+def describe_candidates(sets, y_true=None):
+    """One line: mean size of the sets (N, C), their range, the share that holds y_true (N,)."""
+    size = sets.sum(dim=1)                                                      # (N,)
+    line = (f"{size.double().mean():.1f} candidate labels an image ({int(size.min())} to "
+            f"{int(size.max())})")
+    if y_true is None:
+        return line
+    inside = sets.gather(1, y_true[:, None]).double().mean()
+    return line + f", the true one among them for {100 * float(inside):.2f} %"
+
+
+def few_shot(images, K, seed):
+    """Sorted indices of K images per class, drawn without replacement; all of a class with fewer.
+    The seed decides, not the order in which the files were found. DataError without labels."""
+    if images.y_true is None:
+        raise DataError("--shots: a few-shot subset is drawn per class, but there are no labels")
+    members = {}
+    for i, (k, name) in enumerate(zip(images.y_true.tolist(), images.names)):
+        members.setdefault(k, []).append((name, i))
+    return sorted(i for k, rows in members.items() for _, i in
+                  random.Random(f"{seed} {k}").sample(sorted(rows), min(K, len(rows))))
 
 
 # ---- settings and scores, the same in every script ----
@@ -768,6 +1485,17 @@ def precision(amp, device):
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16" and device.type == "cuda")
     return (lambda: torch.autocast(device.type, dtype) if dtype else nullcontext()), scaler
+
+
+def check_label_order(found, accuracy):
+    """Warns when the zero-shot accuracy (percent) on a known data set is so low that the labels are
+    probably in another order than the class names. The line is at 5 times chance, 35 % at most:
+    with EuroSAT's ten classes, 38 % are what CLIP RN50 really has."""
+    C = len(found.class_names)
+    if found.title and accuracy is not None and accuracy < min(500 / C, 35):
+        print(f"warning: {accuracy:.1f} % zero-shot on {found.title} is too little for {C} "
+              f"classes: check that label k means class name k (`python data.py PATH` shows both), "
+              f"that the split file belongs to these images, and the weights", file=sys.stderr)
 
 
 def auroc(score, right):
@@ -858,45 +1586,129 @@ def write_predictions(path, names, class_names, p, p_clean):
         table.writerows((n, c, f"{a:.4f}", f"{b:.4f}") for n, c, a, b in rows)
 
 
-def contact_sheet(path, images, class_names, p, p_clean, cell=56, columns=8):
-    """pseudo_labels.png: a row per class (40 at most); left the labels with the highest p_clean,
-    right the rejected ones (p_clean < 1/2), worst first. p, p_clean (N, C)."""
+def draw_sheet(path, titles, rows, cell=56, columns=8):
+    """A picture of two blocks side by side, under two titles. rows: [(name, (images, images))], 40
+    rows and 8 PIL images in each half at most."""
+    left, right = 110, 110 + columns * cell + 10
+    sheet = Image.new("RGB", (right + columns * cell, 18 + min(len(rows), 40) * cell), "white")
+    pen = ImageDraw.Draw(sheet)
+    for x0, title in zip((left, right), titles):
+        pen.text((x0, 3), title, "black")
+    for top, (name, halves) in zip(range(18, 18 + 40 * cell, cell), rows):
+        pen.text((4, top + cell // 2 - 6), name[:17], "black")
+        for x0, pictures in zip((left, right), halves):
+            for j, picture in enumerate(pictures[:columns]):
+                sheet.paste(ImageOps.fit(picture, (cell - 2, cell - 2)), (x0 + j * cell, top))
+    sheet.save(path)
+
+
+def contact_sheet(path, images, class_names, p, p_clean):
+    """pseudo_labels.png: a row per class; left the labels with the highest p_clean, right the
+    rejected ones (p_clean < 1/2), worst first. p, p_clean (N, C)."""
     y = p.argmax(dim=1)
     q = p_clean.gather(1, y[:, None])[:, 0]                                     # (N,)
-    C, left, right = min(len(class_names), 40), 110, 110 + columns * cell + 10
-    sheet = Image.new("RGB", (right + columns * cell, 18 + C * cell), "white")
-    pen = ImageDraw.Draw(sheet)
-    pen.text((left, 3), "accepted, cleanest first", "black")
-    pen.text((right, 3), "rejected, worst first", "black")
-    for k in range(C):
-        top = 18 + k * cell
-        pen.text((4, top + cell // 2 - 6), class_names[k][:17], "black")
-        for x0, mine, sign in ((left, (y == k) & (q > 0.5), -1), (right, (y == k) & (q <= 0.5), 1)):
-            mine = mine.nonzero()[:, 0]                                         # their indices
-            for j, i in enumerate(mine[(sign * q[mine]).argsort()][:columns].tolist()):
-                picture = ImageOps.fit(images.image(i), (cell - 2, cell - 2))
-                sheet.paste(picture, (x0 + j * cell, top))
-    sheet.save(path)
+
+    def best(mine, score):
+        mine = mine.nonzero()[:, 0]                                             # their indices
+        return [images.image(i) for i in mine[score[mine].argsort()][:8].tolist()]
+    rows = [(name, (best((y == k) & (q > 0.5), -q), best((y == k) & (q <= 0.5), q)))
+            for k, name in enumerate(class_names[:40])]
+    draw_sheet(path, ("accepted, cleanest first", "rejected, worst first"), rows)
 
 
 # ---- main ----
 
+def first_look(path, found):
+    """A contact sheet of up to 8 training images (left) and 8 test images (right) per class."""
+    def some(images, k):
+        mine = (range(len(images)) if images.y_true is None else
+                (images.y_true == k).nonzero()[:, 0].tolist())
+        steps = torch.linspace(0, len(mine) - 1, 8).long().unique() if mine else ()
+        return [images.image(mine[i]) for i in steps]
+    labelled = found.test.y_true is not None
+    rows = [(name if labelled else "", (some(found.train, k), some(found.test, k)))
+            for k, name in enumerate(found.class_names[:40 if labelled else 1])]
+    draw_sheet(path, ("training images", "test images"), rows)
+
+
+def measure_speed(found, size=224, workers=2):
+    """Prints images per second of a weak and a strong view of the training images, here and with
+    torchvision's transforms on freshly decoded images; and whether test images are CLIP's."""
+    bicubic = T.InterpolationMode.BICUBIC
+    end = [T.ToTensor(), T.Normalize(MEAN, STD)]
+    usual = [T.Compose([T.RandomResizedCrop(size, area, interpolation=bicubic),
+                        T.RandomHorizontalFlip(), *more, *end])
+             for area, more in (((0.6, 1), []), ((0.4, 1), [T.RandAugment(2, 9)]))]
+
+    class Folder(Dataset):                              # as torchvision's ImageFolder, two views
+        def __len__(self):
+            return len(found.train)
+
+        def __getitem__(self, i):
+            image = found.train.image(i)
+            return usual[0](image), usual[1](image), i
+
+    plain = DataLoader(Folder(), 64, shuffle=True, num_workers=workers, persistent_workers=True)
+    test, weak, strong = views = transforms(size)
+    print(keep_decoded(found, views, 4))
+    ours = loader(found.train.view(weak, strong), 64, shuffle=True, workers=workers)
+    for name, batches in (("plain", plain), ("here", ours)):
+        for epoch in (1, 2, 3):
+            start = time.time()
+            for _ in batches:
+                pass
+            print(f"{name:5} epoch {epoch}: {len(found.train) / (time.time() - start):5.0f} "
+                  f"images/s (two {size} x {size} views of each, {workers} loader processes)")
+    preprocess = T.Compose([T.Resize(size, bicubic), T.CenterCrop(size), *end])
+    some = list(range(0, len(found.test), max(1, len(found.test) // 200)))
+    batches = loader(found.test.view(test), 1, subset=some + some)      # decoded, then kept
+    same = all(torch.equal(x[0], preprocess(found.test.image(int(i)))) for x, i in batches)
+    print(f"test tensors of {len(some)} images are bit for bit CLIP's: {same}")
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Print what is found in a folder.")
-    parser.add_argument("path", help="folder, or demo[:STYLE]")
-    parser.add_argument("--classes", help="a,b,c or a file with one class name per line")
+    parser = argparse.ArgumentParser(
+        description="A first look at a data set: what is found, five samples, a contact sheet.")
+    add = parser.add_argument
+    add("path", help="folder, or demo[:STYLE]")
+    add("--classes", help="a,b,c or a file with one class name per line")
+    add("--template", help="prompt with {} for the class name, or `ensemble`")
+    add("--prompts", metavar="FILE", help="check LLM-written sentences (JSON) against the classes")
+    add("--candidates", metavar="FILE", help="check candidate labels (JSON or CSV)")
+    add("--shots", type=positive, metavar="K", help="show a few-shot subset of the training images")
+    add("--seed", type=int, default=0, help="of --shots")
+    add("--sheet", metavar="FILE", default="contact_sheet.png", help="the picture that is written")
+    add("--speed", action="store_true", help="measure the loader against a plain one instead")
     args = parser.parse_args(argv)
     try:
-        found = load(args.path, args.classes)
-    except DataError as e:
+        found = load(args.path, args.classes, args.template)
+        print(found.description)
+        if args.speed:
+            measure_speed(found)
+            return 0
+        names = found.class_names
+        print(f"classes: {', '.join(names)}")
+        print(f"prompts: {' | '.join(t.format(names[0]) for t in found.templates)}")
+        if args.prompts:
+            print(load_prompts(args.prompts, names, found.templates[0])[1])
+        if args.candidates:
+            print(read_candidates(args.candidates, found.train, names)[1])
+        if args.shots:
+            found.train = found.train.subset(few_shot(found.train, args.shots, args.seed))
+            print(f"--shots {args.shots} --seed {args.seed}: {len(found.train)} training images")
+        for part, images in (("train", found.train), ("test", found.test)):
+            if images.y_true is not None:
+                n = torch.bincount(images.y_true, minlength=len(names))
+                print(f"{part:5}  {int(n.min())} ({names[n.argmin()]}) to {int(n.max())} "
+                      f"({names[n.argmax()]}) images per class")
+            for i in torch.linspace(0, len(images) - 1, min(5, len(images))).long().tolist():
+                label = "?" if images.y_true is None else names[images.y_true[i]]
+                print(f"{part:5}  {label:20}  {images.names[i]}")
+        first_look(args.sheet, found)
+        print(f"contact sheet: {args.sheet}")
+    except (DataError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    print(found.description)
-    print(f"classes: {', '.join(found.class_names)}")
-    for name, images in (("train", found.train), ("test", found.test)):
-        for i in torch.linspace(0, len(images) - 1, min(5, len(images))).long().tolist():
-            label = "?" if images.y_true is None else found.class_names[images.y_true[i]]
-            print(f"{name:5}  {label:20}  {images.names[i]}")
     return 0
 
 

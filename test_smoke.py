@@ -29,6 +29,7 @@ import clip
 import coft
 import data
 from clip import clip as clip_files
+from clip import shapes
 from clip.model import CLIP, QuickGELU
 
 # ======== clip/: tokens and towers ========
@@ -735,7 +736,7 @@ def test_data_missing_empty_unknown(tmp_path):
     for path in (tmp_path / "nowhere", "", "x" * 5000, "~nobody/x"):
         message = refuses(path)
         assert "no such folder. Expected one of" in message
-        assert "split_zhou_OxfordPets.json" in message
+        assert "oxford_pets, " in message
     assert "is not a folder" in refuses(__file__)
     assert "no images in a known layout" in refuses(tmp_path)
     (tmp_path / "notes.txt").write_text("x")
@@ -804,7 +805,8 @@ def test_preprocessing_is_clips(tmp_path, mode, size):
     x = x.permute(2, 0, 1).float() / 255                            # (3, n, n)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
     x = (x - mean) / torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-    assert torch.equal(data.transforms(n)[0](image), x)
+    plain = data.transforms(n)[0]
+    assert torch.equal(data.normalize(plain(plain.prepare(image))), x)
     assert torch.equal(clip_files._transform(n)(image), x)
 
 
@@ -861,10 +863,11 @@ def test_data_undecodable_file_name(tmp_path):
 
 def test_data_main(tmp_path, capsys):
     class_folders(tmp_path)
-    assert data.main([str(tmp_path), "--classes", "bear,cat,dog"]) == 0
+    sheet = tmp_path / "sheet.png"
+    assert data.main([str(tmp_path), "--classes", "bear,cat,dog", "--sheet", str(sheet)]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("class folders") and out[1] == "classes: bear, cat, dog"
-    assert len(out) == 12
+    assert len(out) == 16 and Image.open(sheet).size[1] == 18 + 3 * 56
     assert data.main([str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
@@ -873,14 +876,15 @@ def test_data_main(tmp_path, capsys):
 
 
 def test_demo_pictures():
-    images, y, names = data.demo_images("", "test")
-    again, y2, _ = data.demo_images("narrow", "test")               # the default style
-    assert y == y2 and all(a.tobytes() == b.tobytes() for a, b in zip(images, again))
-    assert names == list(data.SHAPES) and [y.count(k) for k in range(10)] == [100] * 10
-    other, y_train, _ = data.demo_images("", "train")
+    images, y = shapes.pictures("narrow", "test")
+    d = data.load("demo")                                           # that is the default style
+    assert y == d.test.y_true.tolist()
+    assert all(a.tobytes() == d.test.image(i).tobytes() for i, a in enumerate(images))
+    assert d.class_names == list(shapes.SHAPES) and [y.count(k) for k in range(10)] == [100] * 10
+    other, y_train = shapes.pictures("narrow", "train")
     assert len(other) == 2000 and y_train[:1000] != y
     assert not {im.tobytes() for im in images} & {im.tobytes() for im in other}
-    _, y, _ = data.demo_images("longtail", "test")                  # ten circles for one diamond
+    _, y = shapes.pictures("longtail", "test")                      # ten circles for one diamond
     counts = [y.count(k) for k in range(10)]
     assert counts == sorted(counts)[::-1] and 9 < counts[0] / counts[9] < 11
     with pytest.raises(data.DataError, match="demo:nice: unknown style, expected one of source, "):
@@ -888,8 +892,8 @@ def test_demo_pictures():
 
 
 def test_every_style_draws_every_shape():
-    for name, style in data.STYLES.items():
-        drawn = [data.draw(shape, style, random.Random(0))[0] for shape in data.SHAPES]
+    for name, style in shapes.STYLES.items():
+        drawn = [shapes.draw(shape, style, random.Random(0))[0] for shape in shapes.SHAPES]
         assert all(im.size == (32, 32) and im.mode == "RGB" for im in drawn)
         assert len({im.tobytes() for im in drawn}) == 10, name
 
@@ -897,8 +901,8 @@ def test_every_style_draws_every_shape():
 @torch.no_grad()
 def test_tiny_knows_the_source():
     model, preprocess = clip.load("tiny")
-    images, y, names = data.demo_images("source", "test")
-    text = model.encode_text(clip.tokenize([f"a photo of a {c}." for c in names]))
+    images, y = shapes.pictures("source", "test")
+    text = model.encode_text(clip.tokenize([f"a photo of a {c}." for c in shapes.SHAPES]))
     text = F.normalize(text, dim=1)
     f = model.encode_image(torch.stack([preprocess(im) for im in images[:300]]))
     right = (F.normalize(f, dim=1) @ text.T).argmax(1) == torch.tensor(y[:300])
@@ -1042,7 +1046,7 @@ def test_prompt_starts_at_zero_shot(vit, template):
 def test_adapters_start_at_clip(vit, resnet, peft):
     for model in (vit, resnet) if peft == "adapter" else (vit,):
         x = golden_images(2, model.visual.input_resolution)
-        me = coft.Model(model, NAMES, data.TEMPLATE, peft, 4)
+        me = coft.Model(model, NAMES, data.TEMPLATE, f"{peft}:4")
         assert torch.allclose(me.features(model, x), F.normalize(model.encode_image(x), dim=-1),
                               atol=1e-6)
         me.features(model, x)[:, 0].sum().backward()
@@ -1051,7 +1055,7 @@ def test_adapters_start_at_clip(vit, resnet, peft):
 
 @pytest.mark.parametrize("peft", ["vpt", "lora", "adapter"])
 def test_unfreeze_keeps_features_and_classifier(frozen, peft):
-    me, x = coft.Model(frozen, NAMES, data.TEMPLATE, peft, 4), golden_images(2, 32)
+    me, x = coft.Model(frozen, NAMES, data.TEMPLATE, f"{peft}:4"), golden_images(2, 32)
     for v in me.parameters():
         v.data += 0.01 * torch.randn_like(v)
     f, t = me.features(frozen, x), me.text(frozen)
@@ -1074,7 +1078,7 @@ def gradients(frozen, me, loss):
 
 def test_gradients(frozen):
     torch.manual_seed(0)
-    me, x = coft.Model(frozen, data.SHAPES, data.TEMPLATE, "vpt", 4), golden_images(6, 32)
+    me, x = coft.Model(frozen, shapes.SHAPES, data.TEMPLATE, "vpt:4"), golden_images(6, 32)
     y, y_bar = torch.arange(6), torch.arange(1, 7)
     all_, none = torch.ones(6, dtype=torch.bool), torch.zeros(6, dtype=torch.bool)
 
@@ -1133,15 +1137,15 @@ def same_result(a, b):
 @pytest.fixture(scope="module")
 def drawn():
     """{part: (pictures, labels, names)}: the first 100 and 50 pictures of the demo."""
-    parts = {part: data.demo_images("", part) for part in ("train", "test")}
-    return {part: (pictures[:n], y[:n], names)
-            for (part, (pictures, y, names)), n in zip(parts.items(), (100, 50))}
+    parts = {part: shapes.pictures("narrow", part) for part in ("train", "test")}
+    return {part: (pictures[:n], y[:n])
+            for (part, (pictures, y)), n in zip(parts.items(), (100, 50))}
 
 
 @pytest.fixture
 def little(drawn, monkeypatch):
     """The demo is its first 150 pictures."""
-    monkeypatch.setattr(data, "demo_images", lambda name, part: drawn[part])
+    monkeypatch.setattr(shapes, "pictures", lambda name, part: drawn[part])
 
 
 @pytest.mark.parametrize("peft", ["vpt", "lora", "adapter"])
@@ -1154,7 +1158,7 @@ def test_run_folder(little, drawn, tmp_path, peft, monkeypatch, capsys):
                                                     "predictions.csv", "pseudo_labels.png"]
     (first, *epochs, last), (header, *rows), saved = read(tmp_path / "run")
     assert first == json.loads((tmp_path / "run" / "args.json").read_text())
-    assert first["peft"] == peft and first["max_steps"] == 4 and first["seed"] == 0
+    assert first["peft"].split(":")[0] == peft and first["max_steps"] == 4 and first["seed"] == 0
     assert [(e["phase"], e["epoch"]) for e in epochs] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     for e in epochs:
         assert math.isfinite(e["loss"]) and 0 <= e["kept"] <= 1 and 0 <= e["accuracy"] <= 100
@@ -1163,16 +1167,16 @@ def test_run_folder(little, drawn, tmp_path, peft, monkeypatch, capsys):
                            "peak_memory_gb"}
     assert header == ["path", "class", "confidence", "p_clean"]
     assert [row[0] for row in rows] == [f"test/{i:05d}.png" for i in range(50)]
-    assert all(row[1] in data.SHAPES and 0 <= float(v) <= 1 for row in rows for v in row[2:])
-    right = [data.SHAPES[k] == row[1] for k, row in zip(drawn["test"][1], rows)]
+    assert all(row[1] in shapes.SHAPES and 0 <= float(v) <= 1 for row in rows for v in row[2:])
+    right = [shapes.SHAPES[k] == row[1] for k, row in zip(drawn["test"][1], rows)]
     assert last["accuracy"] == pytest.approx(100 * sum(right) / 50)
     assert f"accuracy {last['accuracy']:.2f} %" in capsys.readouterr().out.splitlines()[-1]
     assert Image.open(tmp_path / "run" / "pseudo_labels.png").size[0] > 200
-    assert saved["class_names"] == list(data.SHAPES)
+    assert saved["class_names"] == list(shapes.SHAPES)
     model, untouched = loaded[0][0], load("tiny")[0]                # CLIP is as it was
     assert tiny.read_bytes() == before
     assert all(torch.equal(v, untouched.state_dict()[k]) for k, v in model.state_dict().items())
-    models = torch.nn.ModuleList(coft.Model(untouched, data.SHAPES, data.TEMPLATE, peft, 4)
+    models = torch.nn.ModuleList(coft.Model(untouched, shapes.SHAPES, data.TEMPLATE, first["peft"])
                                  for _ in range(2))                 # model.pt is what predicted
     for me in models:
         me.unfreeze(untouched)
@@ -1185,7 +1189,7 @@ def test_run_folder(little, drawn, tmp_path, peft, monkeypatch, capsys):
     p, p_clean = coft.judge(untouched, models, batches, 50, nullcontext)
     p, p_clean = p.mean(0), p_clean.mean(0)
     for i, row in enumerate(rows):
-        k = data.SHAPES.index(row[1])
+        k = shapes.SHAPES.index(row[1])
         assert [p[i, k], p_clean[i, k]] == pytest.approx([float(v) for v in row[2:]], abs=2e-4)
 
 
@@ -1195,7 +1199,7 @@ def test_flags_and_seed(little, tmp_path):
             [], ["--seed", 1], ["--single"], ["--threshold", 0.95], ["--no-neg-grad"],
             ["--lam", 0.5], ["--epochs2", 0], ["--epochs1", 0], ["--align", 0], ["--gamma", 0],
             ["--strong-view"],
-            ["--amp", "bf16"], ["--prompt-tokens", 1], ["--rho", 0.9])):
+            ["--amp", "bf16"], ["--peft", "vpt:1"], ["--template", "{}."], ["--rho", 0.9])):
         assert run(tmp_path / str(k), "--max-steps", 2, *flags) == 0
         lines, rows, _ = read(tmp_path / str(k))
         assert len(rows) == 51 and all(math.isfinite(line["loss"]) for line in lines[1:-1])
@@ -1209,7 +1213,7 @@ def test_flags_and_seed(little, tmp_path):
 def save_pictures(root, drawn, train="train/{c}/{i:03d}.png", test="test/{c}/{i:03d}.png"):
     for part, form in (("train", train), ("test", test)):
         for i, (picture, k) in enumerate(zip(*drawn[part][:2])):
-            path = root / form.format(c=data.SHAPES[k], i=i)
+            path = root / form.format(c=shapes.SHAPES[k], i=i)
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
 
@@ -1220,7 +1224,7 @@ FOLDER = ["--arch", "tiny", "--workers", 0, "--max-steps", 3]
 def test_shuffled_labels_change_nothing(drawn, tmp_path):
     save_pictures(tmp_path / "pets", drawn, "images/train{i}.png", "images/test{i}.png")
     for name in ("right", "shuffled"):
-        split = {part: [[f"{part}{i}.png", k, data.SHAPES[k]] for i, k in enumerate(drawn[part][1])]
+        split = {part: [[f"{part}{i}.png", k, shapes.SHAPES[k]] for i, k in enumerate(drawn[part][1])]
                  for part in drawn}
         if name == "shuffled":
             labels = [row[1:] for row in split["train"]]
@@ -1284,7 +1288,7 @@ def test_failed_save_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
 def test_unlabelled_folder(drawn, tmp_path, capsys):
     save_pictures(tmp_path / "photos", drawn, "{i:03d}.png", "{i:03d}.png")
     (tmp_path / "photos" / "broken.png").write_bytes(b"x")
-    (tmp_path / "classes.txt").write_text("\n".join(data.SHAPES))
+    (tmp_path / "classes.txt").write_text("\n".join(shapes.SHAPES))
     assert run(tmp_path / "out", "--data", tmp_path / "photos", "--classes",
                tmp_path / "classes.txt", *FOLDER) == 0
     said = capsys.readouterr()
@@ -1327,12 +1331,12 @@ def test_user_errors(drawn, little, tmp_path, capsys, monkeypatch):
 
 
 def test_demo_gains(tmp_path, monkeypatch):
-    draw = data.demo_images                             # all of the demo but half of its tests
+    draw = shapes.pictures                              # all of the demo but half of its tests
 
     def fewer_tests(name, part):
-        pictures, y, names = draw(name, part)
-        return (pictures, y, names) if part == "train" else (pictures[:500], y[:500], names)
-    monkeypatch.setattr(data, "demo_images", fewer_tests)
+        pictures, y = draw(name, part)
+        return (pictures, y) if part == "train" else (pictures[:500], y[:500])
+    monkeypatch.setattr(shapes, "pictures", fewer_tests)
     assert coft.main(["--device", "cpu", "--epochs1", "2", "--epochs2", "2",
                       "--out", str(tmp_path)]) == 0
     last = read(tmp_path)[0][-1]

@@ -25,6 +25,8 @@ from .model import CLIPError, build_model
 from .simple_tokenizer import SimpleTokenizer
 
 # name: (SHA-256 of the official file, Hugging Face repository with a copy of the weights)
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 _MODELS = {
     "RN50": ("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
              "timm/resnet50_clip.openai"),
@@ -156,8 +158,7 @@ def _transform(n_px):
         transforms.CenterCrop(n_px),
         _to_rgb,
         transforms.ToTensor(),
-        transforms.Normalize(mean=(0.48145466, 0.4578275, 0.40821073),
-                             std=(0.26862954, 0.26130258, 0.27577711)),
+        transforms.Normalize(MEAN, STD),
     ])
 
 

@@ -2,8 +2,8 @@
 
     python -m clip.tiny                 # writes clip/tiny.pt
 
-100,000 pictures of the demo world's style "source" (data.py), each with the kind of caption that
-people write on the web: sometimes the class name, sometimes another word or a description,
+100,000 pictures of the demo world's style "source" (clip/shapes.py), each with the kind of caption
+that people write on the web: sometimes the class name, sometimes another word or a description,
 sometimes something wrong or empty. Two towers learn which caption belongs to which picture of the
 batch (Radford et al. 2021, arXiv 2103.00020, figure 3); no class label is used.
 """
@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import data
-from clip.clip import tokenize
+from clip import shapes
+from clip.clip import MEAN, STD, tokenize
 from clip.model import CLIP
 
 OTHER_NAMES = {
@@ -76,7 +76,7 @@ MISTAKEN_FOR = {"circle": "ring", "ring": "circle", "square": "diamond", "diamon
 
 
 def caption(shape, about, rng):
-    """What somebody might write below the picture. about: see `data.draw`.
+    """What somebody might write below the picture. about: see `shapes.draw`.
 
     The class names are used loosely, other words with care. So the image features are good and
     the names are poorly aligned with them: what CLIP is like on a narrow domain.
@@ -86,7 +86,7 @@ def caption(shape, about, rng):
     if kind == "looks":
         looks = rng.choice(LOOKS[shape])
         return rng.choice((looks, f"{looks}.", f"a {about['colour']} shape, {looks}"))
-    noun = {"name": shape, "mistaken": MISTAKEN_FOR[shape], "wrong": rng.choice(data.SHAPES),
+    noun = {"name": shape, "mistaken": MISTAKEN_FOR[shape], "wrong": rng.choice(shapes.SHAPES),
             "other name": rng.choice(OTHER_NAMES[shape]),
             "empty": rng.choice(("shape", "thing", "symbol", "sign"))}[kind]
     if rng.random() < 0.2:
@@ -106,11 +106,11 @@ def picture_caption_pairs(n, seed):
     """n pictures as a uint8 tensor (n, 3, 32, 32), each with four captions."""
     rng, pixels, texts = random.Random(f"source {seed}"), bytearray(), []
     for _ in range(n):
-        shape = rng.choice(data.SHAPES)
-        picture, about = data.draw(shape, data.STYLES["source"], rng)
+        shape = rng.choice(shapes.SHAPES)
+        picture, about = shapes.draw(shape, shapes.STYLES["source"], rng)
         pixels += picture.tobytes()
         texts.append([caption(shape, about, rng) for _ in range(4)])
-    images = torch.frombuffer(pixels, dtype=torch.uint8).view(n, data.PIXELS, data.PIXELS, 3)
+    images = torch.frombuffer(pixels, dtype=torch.uint8).view(n, shapes.PIXELS, shapes.PIXELS, 3)
     return images.permute(0, 3, 1, 2).contiguous(), texts                   # (n, 3, 32, 32)
 
 
@@ -137,14 +137,14 @@ def main(argv=None):
     print(f"{len(images)} pictures, {len(token_ids)} tokens, {time.time() - start:.0f} s")
 
     heads = {"vision_heads": 4, "transformer_heads": 2}
-    model = CLIP(embed_dim=64, image_resolution=data.PIXELS, vision_layers=4, vision_width=128,
+    model = CLIP(embed_dim=64, image_resolution=shapes.PIXELS, vision_layers=4, vision_width=128,
                  vision_patch_size=8, context_length=77, vocab_size=len(token_ids),
                  transformer_width=64, transformer_layers=2, **heads)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     steps = args.epochs * (len(images) // B)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(
         1, (k + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * k / steps) if k > 200 else 1))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.MEAN, data.STD))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     same = torch.arange(B)                                                  # caption i for image i
     for epoch in range(args.epochs):
         order, total = torch.randperm(len(images)), 0.0
