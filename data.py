@@ -45,7 +45,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -92,20 +92,25 @@ def decode(path, draft=False):
 class Images(Dataset):
     """N images and, if they are known, their true classes.
 
-    names: N relative paths. y_true: (N,) int64 or None; for accuracy and diagnostics only.
+    y_true: (N,) int64 or None; for accuracy and diagnostics only.
     Source: the files `root/files[i]`, of (width, height) `sizes[i]`; or the PIL images `pictures`.
     sizes is None if the files were not checked; then an unreadable one is grey, with a warning.
+    inside: the sub-folder that `root` is of what the user named, "" or with a slash at its end.
     """
-    def __init__(self, names, y_true=None, root=None, pictures=None, sizes=None):
-        self.files, self.root, self.pictures, self.sizes = list(names), root, pictures, sizes
-        self.names = [_text(name) for name in self.files]
+    def __init__(self, files, y_true=None, root=None, inside="", pictures=None, sizes=None):
+        self.files, self.root, self.inside = files, root, inside
+        self.pictures, self.sizes, self.kept = pictures, sizes, None        # see `keep_decoded`
         self.y_true = None if y_true is None else torch.as_tensor(y_true, dtype=torch.long)   # (N,)
-        self.kept = None                                # see `keep_decoded`
-        if self.y_true is not None and self.y_true.shape != (len(self.names),):
-            raise ValueError(f"{len(self.names)} images but labels {tuple(self.y_true.shape)}")
+        if self.y_true is not None and self.y_true.shape != (len(self),):
+            raise ValueError(f"{len(self)} images but labels {tuple(self.y_true.shape)}")
+
+    @cached_property
+    def names(self):
+        """N relative paths, for people and files."""
+        return [_text(self.inside + file) for file in self.files]
 
     def __len__(self):
-        return len(self.names)
+        return len(self.files)
 
     def image(self, i):
         """Image i as PIL RGB. DataError if the file can no longer be read."""
@@ -133,7 +138,8 @@ class Images(Dataset):
         def pick(x):
             return None if x is None else [x[i] for i in indices]
         y = None if self.y_true is None else self.y_true[list(indices)]
-        return Images(pick(self.files), y, self.root, pick(self.pictures), pick(self.sizes))
+        return Images(pick(self.files), y, self.root, self.inside, pick(self.pictures),
+                      pick(self.sizes))
 
     def view(self, *transforms):
         """Dataset whose item i is (t1(image), t2(image), ..., i): one decoding, and no label."""
@@ -366,12 +372,22 @@ def pick_workers(workers, images):
 
 # ---- layouts ----
 
+class Rows(NamedTuple):
+    """Images and their classes: two lists, which take half the memory of a list of pairs."""
+    files: list                 # paths relative to the folder
+    labels: list | None         # None: not known
+
+    @classmethod
+    def of(cls, pairs):
+        return cls([file for file, _ in pairs], [label for _, label in pairs])
+
+
 class Found(NamedTuple):
-    """What the reader of a layout returns. Paths are relative to the folder, labels int or None;
-    class_names None: only --classes can tell. pictures: for images that are not files."""
+    """What the reader of a layout returns. class_names None: only --classes can tell. pictures: for
+    images that are not files."""
     layout: str
-    train: list                 # [(path, label), ...]
-    test: list
+    train: Rows
+    test: Rows
     class_names: list | None
     pictures: tuple | None = None
 
@@ -384,13 +400,13 @@ class Known(NamedTuple):
     split: str = ""             # CoOp's split file
     images: str = ""            # the folder that the split's paths are relative to
     own: tuple = ()             # its own files and folders/ (or|else/), what `read` reads
-    read: Callable | None = None        # (root, ignored) -> Found, without CoOp's split
+    read: Callable | None = None        # (root, ignored, itself) -> Found, without CoOp's split
     torchvision: str = ""       # the class that downloads it
     rename: dict = {}           # class folder -> class name; None: not a class
     test_only: bool = False
 
 
-def listed(root, ignored, files, line, row, order=None, note=""):
+def listed(root, ignored, known, files, line, row, order=None, note=""):
     """Official lists of images. files: train, test. line: (regular expression, an example);
     row(*groups) = (path, class, class name). The classes are sorted, or in the order of a file:
     order = (file, line), whose first group in lower case is the class."""
@@ -406,7 +422,7 @@ def listed(root, ignored, files, line, row, order=None, note=""):
             if c not in label]
     if lost:
         raise DataError(f"{order[0]} lacks the class {lost[0]}")
-    train, test = ([(path, label[key]) for path, key, _ in rows] for rows in parts)
+    train, test = (Rows.of([(path, label[key]) for path, key, _ in rows]) for rows in parts)
     return Found(f"official split of {' and '.join(files)}{note}", train, test,
                  [name.get(key, key) for key in keys])
 
@@ -518,28 +534,27 @@ def mat_array(kind, raw):
     return bytes(name).decode("latin-1"), value
 
 
-def own_folders(root, ignored, bases=("",), rename={}):
+def own_folders(root, ignored, known, bases):
     """A folder per class in the first of `bases` that is there, and no official split."""
     base = next(b for b in bases if (root / b).is_dir())
-    names, files = _class_images(root / base, ignored, rename)
-    return hash_split(names, files, base)
+    return hash_split(*_class_images(root, base, ignored, known), base)
 
 
-def hash_split(names, files, base=""):
+def hash_split(names, rows, base=""):
     """A fifth of the images is the test set, picked by a hash of the paths below `base`: the same
-    for every seed, machine and place. names: classes; files: [(path, class), ...]."""
-    label, parts = {c: k for k, c in enumerate(names)}, ([], [])            # train, test
-    for file, c in files:
-        digest = hashlib.sha256(file.encode("utf-8", "surrogateescape")).digest()
-        path = f"{base}/{file}" if base else file
-        parts[int.from_bytes(digest, "big") % 5 == 0].append((path, label[c]))
-    if not all(parts):
-        both = sum(parts, [])
-        return Found("class folders, too few images for a split: train = test", both, both, names)
+    for every seed, machine and place. names: classes."""
+    parts, start = (Rows([], []), Rows([], [])), len(base) + 1 if base else 0   # train, test
+    for file, label in zip(*rows):
+        digest = hashlib.sha256(file[start:].encode("utf-8", "surrogateescape")).digest()
+        part = parts[int.from_bytes(digest, "big") % 5 == 0]
+        part.files.append(file)
+        part.labels.append(label)
+    if not all(part.files for part in parts):
+        return Found("class folders, too few images for a split: train = test", rows, rows, names)
     return Found("class folders, split by a hash of the paths", *parts, names)
 
 
-def sun397(root, ignored):
+def sun397(root, ignored, known):
     """SUN397/a/abbey/*.jpg, SUN397/a/apartment_building/outdoor/*.jpg; CoOp's class names have the
     parts of the path reversed: `outdoor apartment_building`."""
     base = "SUN397" if (root / "SUN397").is_dir() else ""
@@ -549,19 +564,19 @@ def sun397(root, ignored):
     def row(key, file):                                 # /a/apartment_building/outdoor
         return f"{base}{key}/{file}".lstrip("/"), key.lower(), " ".join(key.split("/")[:1:-1])
     if len(lists) == 2:
-        return listed(root, ignored, lists, (r"(/\w/.+)/([^/]+)", "/a/abbey/sun_aaa.jpg"), row,
+        line = r"(/\w/.+)/([^/]+)", "/a/abbey/sun_aaa.jpg"
+        return listed(root, ignored, known, lists, line, row,
                       (order[0], (r"(/\w/.+)", "/a/abbey")) if order else None,
                       ", partition 1: CoOp's test set, the training set has CoOp's val in it")
-    files = [("/" + os.path.dirname(path), os.path.basename(path), path)
-             for path in _list(root / base, ignored, deep=True)]
+    files = [(f"/{path}".rpartition("/")[0], path) for path in _list(root / base, ignored, True)]
     keys = ([key for key, in read_lines(root / order[0], r"(/\w/.+)", "/a/abbey")] if order else
-            sorted({key for key, _, _ in files if re.match(r"/\w/.", key)}))
-    name = {key: row(key, "")[2] for key in keys}
-    return hash_split(list(name.values()), [(path, name[key]) for key, _, path in files
-                                            if key in name], base)
+            sorted({key for key, _ in files if re.match(r"/\w/.", key)}))
+    label, prefix = {key: k for k, key in enumerate(keys)}, base + "/" if base else ""
+    rows = Rows.of([(prefix + path, label[key]) for key, path in files if key in label])
+    return hash_split([row(key, "")[2] for key in keys], rows, base)
 
 
-def flowers102(root, ignored):
+def flowers102(root, ignored, known):
     """imagelabels.mat: the class, from 1, of each jpg/image_00001.jpg; setid.mat: the split."""
     labels, sets = read_mat(root / "imagelabels.mat"), read_mat(root / "setid.mat")
     try:
@@ -578,10 +593,10 @@ def flowers102(root, ignored):
         names = [str(table[str(k + 1)]) for k in range(len(table))]
     if not names:
         raise DataError("flowers-102: cat_to_name.json with the class names is missing")
-    return Found("official split of setid.mat, not CoOp's", *parts, names)
+    return Found("official split of setid.mat, not CoOp's", *map(Rows.of, parts), names)
 
 
-def stanford_cars(root, ignored):
+def stanford_cars(root, ignored, known):
     """devkit/cars_train_annos.mat and cars_test_annos_withlabels.mat; classes from 1 in
     devkit/cars_meta.mat, `Acura RL Sedan 2012`, to which CoOp gives the year first."""
     test = "cars_test_annos_withlabels.mat"
@@ -600,11 +615,11 @@ def stanford_cars(root, ignored):
                                   ("cars_test", test))]
     names = read("devkit/cars_meta.mat", "class_names",
                  lambda c: " ".join([c.split()[-1], *c.split()[:-1]]))
-    return Found("official split: CoOp's test set, the training set has CoOp's val in it", *parts,
-                 names)
+    return Found("official split: CoOp's test set, the training set has CoOp's val in it",
+                 *map(Rows.of, parts), names)
 
 
-def ucf101(root, ignored):
+def ucf101(root, ignored, known):
     """ucfTrainTestlist/trainlist01.txt: `ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1`, whose
     middle frame CoOp has as UCF-101-midframes/Apply_Eye_Makeup/v_ApplyEyeMakeup_g08_c01.jpg."""
     spelled = {d.replace("_", "").lower(): d for d in _folders(root / "UCF-101-midframes")}
@@ -614,7 +629,7 @@ def ucf101(root, ignored):
         return f"UCF-101-midframes/{name}/{file}.jpg", c.lower(), name
     files = "ucfTrainTestlist/trainlist01.txt", "ucfTrainTestlist/testlist01.txt"
     line = r"(\w+)/(\w+)\.avi( \d+)?", "ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1"
-    return listed(root, ignored, files, line, row,
+    return listed(root, ignored, known, files, line, row,
                   ("ucfTrainTestlist/classInd.txt", (r"\d+ (\w+)", "1 ApplyEyeMakeup")),
                   ": CoOp's test set, the training set has CoOp's val in it")
 
@@ -646,7 +661,7 @@ class Pixels(list):
                                    for k in (0, 1024, 2048)])
 
 
-def cifar(root, ignored, train, test, meta, key, names):
+def cifar(root, ignored, known, train, test, meta, key, names):
     """The Python pickles of CIFAR-10 and -100: {data: (N, 3072) uint8, `key`: N labels}."""
     def read(file):
         try:
@@ -670,7 +685,7 @@ def cifar(root, ignored, train, test, meta, key, names):
                 raise DataError(f"{file}: expected data (N, 3072) and N {key} below {C}")
             labels += y
             pixels += [raw[n:n + 3072] for n in range(0, len(raw), 3072)]
-        rows.append([(f"{part}/{i:05d}.png", y) for i, y in enumerate(labels)])
+        rows.append(Rows([f"{part}/{i:05d}.png" for i in range(len(labels))], labels))
         pictures.append(pixels)
     return Found("official split", *rows, classes or None, pictures=tuple(pictures))
 
@@ -783,7 +798,7 @@ def read_coop(known, root):
                         f"test labels be among them; {len(names)} classes, labels "
                         f"{str(labels)[:60]}")
     base = f"{known.images}/" if known.images else ""
-    train, test = ([(base + path.lstrip("/"), label) for path, label, _ in parts[part]]
+    train, test = (Rows.of([(base + path.lstrip("/"), label) for path, label, _ in parts[part]])
                    for part in ("train", "test"))
     return Found(f"CoOp layout, {known.split}, {len(parts['val'])} images of val not used",
                  train, test, [names[k] for k in labels])
@@ -791,53 +806,49 @@ def read_coop(known, root):
 
 def read_train_test(train, tests, root, ignored, known, classes):
     """train/ and test|val/, each with class folders or with unlabelled images."""
-    listed = {d: _class_images(root / d, ignored, known.rename) for d in (train, *tests)}
-    test = ([d for d in tests if listed[d][0]] or tests)[0]   # rather a labelled val/
-    names = listed[train][0] or listed[test][0] or classes
-    extra = [c for c in listed[test][0] if c not in names]
+    parts = {d: _class_images(root, d, ignored, known) for d in (train, *tests)}
+    test = ([d for d in tests if parts[d][0]] or tests)[0]      # rather a labelled val/
+    (seen, rows), (tested, test_rows) = parts[train], parts[test]
+    names = seen or tested or classes
+    extra = [c for c in tested if c not in names]
     if extra:
         raise DataError(f"{test}/ has class folders that {train}/ lacks: {', '.join(extra[:5])}")
-    label = {None: None, **{c: k for k, c in enumerate(names or [])}}
-    parts = [[(f"{d}/{file}", label[c]) for file, c in listed[d][1]] for d in (train, test)]
-    kinds = [d + ("/ labelled" if listed[d][0] else "/ unlabelled") for d in (train, test)]
+    if tested and tested != names:                      # some have no test images
+        place = [names.index(c) for c in tested]
+        test_rows = Rows(test_rows.files, [place[k] for k in test_rows.labels])
+    kinds = [d + ("/ labelled" if parts[d][0] else "/ unlabelled") for d in (train, test)]
     unused = "".join(f", {d}/ not used" for d in tests if d != test)
-    return Found(" + ".join(kinds) + unused, *parts, names)
+    return Found(" + ".join(kinds) + unused, rows, test_rows, names)
 
 
 def read_class_folders(root, ignored, known, classes):
     """A folder per class and no split: layout 4 of this file's docstring."""
-    names, files = _class_images(root, ignored, known.rename)
+    names, rows = _class_images(root, "", ignored, known)
     if {f"{c}/" for c in names} & set(known.own):       # cars_train/ is not a class
         raise DataError(f"{root}: the lists that say the classes are missing. {expected(known)}")
-    if known.title == "ImageNet-V2" and all(map(str.isdecimal, names)):
-        names.sort(key=int)                             # not 0, 1, 10, 100, ...
-    return test_only(names, files) if known.test_only else hash_split(names, files)
+    if known.test_only:
+        return Found("test only, train = test", rows, rows, names)
+    return hash_split(names, rows)
 
 
 def read_test_only(test, root, ignored, known, classes):
     """test|val/ with class folders and no train/."""
-    names, files = _class_images(root / test, ignored, known.rename)
-    return test_only(names, [(f"{test}/{file}", c) for file, c in files])
-
-
-def test_only(names, files):
-    label = {c: k for k, c in enumerate(names)}
-    files = [(file, label[c]) for file, c in files]
-    return Found("test only, train = test", files, files, names)
+    names, rows = _class_images(root, test, ignored, known)
+    return Found("test only, train = test", rows, rows, names)
 
 
 def read_flat(root, ignored, known, classes):
     """Images without labels: train = test = all."""
-    files = [(file, None) for file in _list(root, ignored)]
+    rows = Rows(_list(root, ignored), None)
     unused = [f", {d}/ not used" for d in _folders(root) if _has_images(root / d)]
-    return Found("flat folder, unlabelled, train = test" + "".join(unused), files, files, None)
+    return Found("flat folder, unlabelled, train = test" + "".join(unused), rows, rows, None)
 
 
 def read_known(root, ignored, known, classes):
     """A data set of `SETS`, recognised by its files."""
     if known.split and (root / known.split).is_file():
         return read_coop(known, root)
-    found = known.read(root, ignored, **({"rename": known.rename} if known.rename else {}))
+    found = known.read(root, ignored, known)
     return found._replace(layout=found.layout + (f"; no {known.split}" if known.split else ""))
 
 
@@ -965,18 +976,16 @@ def load(path, classes=None, template=None):
         root = locate(path)
         found, inside, data_set, ignored = read_folder(path, root, classes)
     if not (found.class_names or classes):
-        raise DataError(f"{path} holds {len(found.train)} images without class names: give "
+        raise DataError(f"{path} holds {len(found.train.files)} images without class names: give "
                         f"--classes FILE|a,b,c")
     own = wordnet(found.class_names or classes, root / inside, data_set, classes) if root else (
         found.class_names)
     names = check_classes(own, classes, unique=own == found.class_names and data_set is OTHER)
-    train, test = ([(inside + file, label) for file, label in part]
-                   for part in (found.train, found.test))
     if found.pictures:
-        sets = [Images(*zip(*part), pictures=pictures)              # names, labels
-                for part, pictures in zip((train, test), found.pictures)]
+        sets = [Images(*rows, inside=inside, pictures=pictures)
+                for rows, pictures in zip((found.train, found.test), found.pictures)]
     else:
-        sets = readable(path, root, train, test)
+        sets = readable(path, root, inside, found.train, found.test)
     templates = templates_of(template, data_set.template)
     line = (f"{data_set.title + ', ' if data_set.title else ''}"
             f"{'in ' + inside + ': ' if inside else ''}{found.layout}: {len(names)} classes, "
@@ -994,7 +1003,7 @@ def read_demo(style):
     if style not in shapes.STYLES:
         raise DataError(f"demo:{style}: unknown style, expected one of {', '.join(shapes.STYLES)}")
     drawn = [shapes.pictures(style, part) for part in ("train", "test")]    # (PIL images, labels)
-    rows = [[(f"{part}/{i:05d}.png", k) for i, k in enumerate(y)]
+    rows = [Rows([f"{part}/{i:05d}.png" for i in range(len(y))], y)
             for part, (_, y) in zip(("train", "test"), drawn)]
     return Found(f"demo:{style}, drawn here", *rows, list(shapes.SHAPES),
                  pictures=(drawn[0][0], drawn[1][0]))
@@ -1020,21 +1029,26 @@ def read_folder(path, root, classes):
     return found, inside, known, ignored
 
 
-def readable(path, root, train, test):
-    """[training, test] `Images`, without the files that cannot be read; one object if they are the
-    same. With more than CHECKED files none is opened here."""
-    same = train == test
-    files = sorted({file for part in (train, test) for file, _ in part})
-    sizes, bad = check_files(root, files) if len(files) <= CHECKED else (None, {})
-    sets = []
-    for which, part in (("training", train), ("test", test))[:1 if same else 2]:
-        good = [row for row in part if row[0] not in bad]
-        if not good:
-            first = f": {_text(part[0][0])} {bad[part[0][0]]}, ..." if part else ""
-            raise DataError(f"{path}: none of {len(part)} {which} images can be read{first}")
-        names, labels = zip(*good)
-        sets.append(Images(names, None if None in labels else labels, root,
-                           sizes=sizes and [sizes[name] for name in names]))
+def readable(path, root, inside, train, test):
+    """[training, test] `Images` of the files in root/inside, without those that cannot be read; one
+    object if they are the same. With more than CHECKED files none is opened here."""
+    same, sizes, bad, sets = train == test, None, {}, []
+    parts = (("training", train), ("test", test))[:1 if same else 2]
+    if sum(len(rows.files) for _, rows in parts) <= CHECKED:
+        files = sorted({file for _, rows in parts for file in rows.files})
+        sizes, bad = check_files(root / inside, files, inside)
+    for part, (files, labels) in parts:
+        if bad:
+            kept = [i for i, file in enumerate(files) if file not in bad]
+            labels = labels and [labels[i] for i in kept]
+            first = f": {_text(inside + files[0])} {bad.get(files[0])}, ..." if files else ""
+            names = [files[i] for i in kept]
+        else:
+            names, first = files, ""
+        if not names:
+            raise DataError(f"{path}: none of {len(files)} {part} images can be read{first}")
+        sets.append(Images(names, labels, root / inside, inside,
+                           sizes=sizes and [sizes[file] for file in names]))
     return sets * 2 if same else sets
 
 
@@ -1084,7 +1098,7 @@ def check_classes(names, wanted=None, unique=True):
     return wanted or names
 
 
-def check_files(root, files):
+def check_files(root, files, inside):
     """({file: (width, height)}, {file: why it does not decode}), tried in threads; prints a warning
     line per kind."""
     def look(file):
@@ -1108,7 +1122,7 @@ def check_files(root, files):
     missing = [file for file in bad if bad[file] == "is missing"]
     for what, group in (("missing", missing), ("unreadable", sorted(bad.keys() - set(missing)))):
         if group and len(bad) < len(files):
-            first = ", ".join(f"{_text(file)} ({bad[file]})" for file in group[:5])
+            first = ", ".join(f"{_text(inside + file)} ({bad[file]})" for file in group[:5])
             print(f"warning: {len(group)} of {len(files)} images {what}, skipped: {first}"
                   + (", ..." if len(group) > 5 else ""), file=sys.stderr)
     return sizes, bad
@@ -1166,19 +1180,23 @@ def _list(folder, ignored, deep=False, seen=()):
     return sorted(files)
 
 
-def _class_images(folder, ignored, rename={}):
-    """(class names, [(path, class name), ...]), or ([], [(path, None), ...]) if there are no class
-    folders. The order of the classes is that of torchvision's ImageFolder."""
-    folders = [d for d in _folders(folder) if rename.get(d, d) is not None]
-    inside = {d: _list(os.path.join(folder, d), ignored, deep=True) for d in folders}
-    inside = {d: files for d, files in inside.items() if files}
-    direct = _list(folder, ignored)
-    if not inside:
-        return [], [(file, None) for file in direct]
-    if direct:
+def _class_images(root, base, ignored, known):
+    """(class names, Rows) of the class folders in root/base; ([], Rows without labels) if it has
+    none. The order of the classes is that of torchvision's ImageFolder."""
+    prefix, names, rows = base + "/" if base else "", [], Rows([], [])
+    folders = [d for d in _folders(root / base) if known.rename.get(d, d) is not None]
+    if known.title == "ImageNet-V2" and all(map(str.isdecimal, folders)):
+        folders.sort(key=int)                           # not 0, 1, 10, 100, ...
+    for d in folders:
+        files = _list(root / base / d, ignored, deep=True)
+        if files:
+            rows.files.extend(f"{prefix}{d}/{file}" for file in files)
+            rows.labels.extend([len(names)] * len(files))
+            names.append(known.rename.get(d, d))
+    direct = [prefix + file for file in _list(root / base, ignored)]
+    if names and direct:
         ignored["images outside the class folders"] += len(direct)
-    return ([rename.get(d, d) for d in inside],
-            [(f"{d}/{file}", rename.get(d, d)) for d in inside for file in inside[d]])
+    return names, rows if names else Rows(direct, None)
 
 
 # ---- LLM-written prompts ----
