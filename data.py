@@ -186,7 +186,9 @@ class Data:
 
 def to_pixels(image):
     """PIL image -> (H, W, 3) uint8."""
-    return T.functional.pil_to_tensor(image.convert("RGB")).permute(1, 2, 0).contiguous()
+    image = image.convert("RGB")
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(
+        image.height, image.width, 3)
 
 
 class Square(NamedTuple):
@@ -201,6 +203,12 @@ class Square(NamedTuple):
         return to_pixels(T.functional.center_crop(image, self.size))
 
 
+def resize(x, shape):
+    """(H, W, 3) uint8 -> (*shape, 3) uint8; bicubic."""
+    x = x.permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)  # (1, 3, H, W)
+    return F.interpolate(x, shape, mode="bicubic", antialias=True)[0].permute(1, 2, 0)
+
+
 class Short(NamedTuple):
     """The short side reduced to `size` where it is longer: what random crops are taken from."""
     size: int
@@ -210,19 +218,16 @@ class Short(NamedTuple):
         return max(1, round(h * r)), max(1, round(w * r))
 
     def __call__(self, image):
-        x = to_pixels(image).permute(2, 0, 1)[None]                             # (1, 3, H, W)
-        shape = self.shape(*image.size)
-        if shape != x.shape[2:]:
-            x = F.interpolate(x, shape, mode="bicubic", antialias=True)
-        return x[0].permute(1, 2, 0).contiguous()                               # (H, W, 3)
+        x, shape = to_pixels(image), self.shape(*image.size)
+        return x if shape == x.shape[:2] else resize(x, shape)
 
 
 class Plain(NamedTuple):
-    """CLIP's preprocess. Transforms take (H, W, 3) and give (3, R, R), both uint8."""
+    """CLIP's preprocess. Transforms take (H, W, 3) and give (R, R, 3), both uint8."""
     prepare: Square
 
     def __call__(self, x):
-        return x.permute(2, 0, 1)
+        return x
 
 
 class Augment(NamedTuple):
@@ -234,15 +239,13 @@ class Augment(NamedTuple):
     randaugment: bool = False
 
     def __call__(self, x):
-        x = x.permute(2, 0, 1)                                                  # (3, H, W)
-        top, left, h, w = T.RandomResizedCrop.get_params(x, self.area, (3 / 4, 4 / 3))
-        x = F.interpolate(x[None, :, top:top + h, left:left + w], (self.size, self.size),
-                          mode="bicubic", antialias=True)[0]                    # (3, R, R)
+        top, left, h, w = T.RandomResizedCrop.get_params(x.permute(2, 0, 1), self.area,
+                                                         (3 / 4, 4 / 3))
+        x = resize(x[top:top + h, left:left + w], (self.size, self.size))      # (R, R, 3)
         if torch.rand(()) < 0.5:
-            x = x.flip(2)
+            x = x.flip(1)
         if self.randaugment:
-            image = T.RandAugment(num_ops=2, magnitude=9)(T.functional.to_pil_image(x))
-            x = T.functional.pil_to_tensor(image)
+            x = to_pixels(T.RandAugment(num_ops=2, magnitude=9)(Image.fromarray(x.numpy())))
         return x
 
 
@@ -253,10 +256,16 @@ def transforms(size):
             Augment(short, size, (0.4, 1.0), randaugment=True))
 
 
-def normalize(x):
-    """uint8 pixels (..., 3, R, R) -> CLIP's floats, bit for bit those of its preprocess."""
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
-    return x.float().div_(255).sub_(mean).div_(std)
+def normalize(x, out=None):
+    """uint8 pixels (B, R, R, 3) -> CLIP's floats (B, 3, R, R), channels last in memory, as GPUs like
+    it; bit for bit those of its preprocess. out: where to put them, (B, R, R, 3)."""
+    out = torch.empty(x.shape, device=x.device) if out is None else out
+    row = x.shape[2] * 3                                                        # R R G B ... values
+    mean, std = (torch.tensor(v, device=x.device).repeat(x.shape[2]) for v in (MEAN, STD))
+    few = 2**15 // row if x.device.type == "cpu" else len(x) * x.shape[1]       # stay in the cache
+    for part, into in zip(x.view(-1, row).split(few), out.view(-1, row).split(few)):
+        torch.div(part, 255, out=into).sub_(mean).div_(std)
+    return out.permute(0, 3, 1, 2)
 
 
 class Kept:
@@ -335,13 +344,26 @@ class Batches:
     the device. What crosses from the loader's processes and to the device is uint8."""
     def __init__(self, batches, device):
         self.batches, self.sampler, self.device = batches, batches.sampler, torch.device(device)
+        self.memory = []                                # of former batches, on a CPU
 
     def __len__(self):
         return len(self.batches)
 
     def __iter__(self):
         for *views, index in self.batches:
-            yield (*(normalize(x.to(self.device, non_blocking=True)) for x in views), index)
+            yield (*(normalize(x.to(self.device, non_blocking=True), self.room(x)) for x in views),
+                   index)
+
+    def room(self, x):
+        """Where the floats go. On a CPU new memory would cost more time than the arithmetic, so that
+        of a former batch is used as soon as no tensor holds it any more."""
+        if self.device.type != "cpu":
+            return None
+        free = [m for m in self.memory if len(m) >= 4 * x.numel() and sys.getrefcount(m) == 3]
+        if not free:
+            free = [bytearray(4 * x.numel())]
+            self.memory += free
+        return torch.frombuffer(free[0], dtype=torch.float32, count=x.numel()).view(x.shape)
 
 
 def loader(dataset, batch_size, shuffle=False, seed=0, workers=0, device="cpu", drop_last=False,
