@@ -508,7 +508,7 @@ def peft(text):
     kind, _, size = text.partition(":")
     usual = {"vpt": "4", "lora": "4", "adapter": "16"}
     if kind not in usual or not re.fullmatch(r"[1-9]\d*", size or usual[kind]):
-        raise argparse.ArgumentTypeError(f"expected vpt, lora or adapter, and maybe :SIZE, not {text}")
+        raise argparse.ArgumentTypeError(f"expected vpt, lora or adapter, or one:SIZE, not {text}")
     return f"{kind}:{size or usual[kind]}"
 
 
@@ -519,8 +519,8 @@ def parse(argv=None):
     add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
     add("--data", default="demo", help="folder of images (see data.py), or demo[:STYLE]")
     add("--classes", help="class names: a,b,c or a file with one per line")
-    add("--template", help="prompt with {} for the class name, or `ensemble` (CLIP's best seven and "
-        "the data set's); default: the data set's hand-crafted one")
+    add("--template", help="prompt with {} for the class name, or `ensemble`: the data set's and "
+        "seven more; default: the data set's hand-crafted one")
     add("--arch", help="tiny, ViT-B/16, RN50, ...; default: tiny for the demo, else ViT-B/16")
     add("--weights", help="CLIP weights from disk (OpenAI, open_clip, Hugging Face), instead "
         "of a download; the architecture is inferred")
@@ -532,8 +532,8 @@ def parse(argv=None):
     add("--batch-size", type=data.positive, default=64, help="images per step and model")
     add("--workers", type=data.natural, help="loader processes; default: 0 for images in memory, "
         "else one per two cores, 4 at most")
-    add("--cache", type=float, default=4, metavar="GB", help="memory for decoded images; what needs "
-        "more goes to a temporary file; 0: decode them anew each time")
+    add("--cache", type=float, default=4, metavar="GB", help="memory for decoded images; those "
+        "that need more go to a temporary file; 0: decode them anew each time")
     add("--max-steps", type=data.positive, help="stop each phase there, to try things out")
     add("--resume", default=False, help="continue the run in --out", **switch)
     add("--overwrite", default=False, help="replace the run in --out", **switch)

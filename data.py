@@ -1,17 +1,25 @@
 """Finds the images and the class names in a folder; decodes, augments and batches them.
 
     found = load("./oxford_pets")                  # or load("./photos", classes="cat,dog")
-    test, weak, strong = transforms(224)
+    views = test, weak, strong = transforms(224)
+    keep_decoded(found, views, gb=4)               # decode each file once
     for x_weak, x_strong, index in loader(found.train.view(weak, strong), 64, shuffle=True):
 
-Layouts, tried in this order (`python data.py PATH` prints which one it took):
-1. `demo`, `demo:STYLE`      drawn on the fly
-2. a data set of `SETS`      CoOp's split file if it is there, else the data set's own annotations
+Layouts, tried in this order (`python data.py PATH` prints which one it took, and shows images):
+1. `demo`, `demo:STYLE`      drawn on the fly (clip/shapes.py)
+2. a data set of `SETS`      CoOp's split file if it is there, else the data set's own lists. If
+                             PATH/oxford_pets is not there, PATH/oxford-iiit-pet (its other name)
+                             is taken, or torchvision downloads it
 3. `train/` + `test|val/`    each with a folder per class (labelled) or with images (unlabelled)
 4. a folder per class        a fifth of the images is the test set: those whose path has a SHA-256
                              divisible by 5, so the split is the same for every seed and machine
 5. images and `--classes`    unlabelled: all of them are the training set and the test set
-If none fits but exactly one sub-folder (or one in it) does, that one is taken.
+If none fits but exactly one sub-folder (or one in it) does, that one is taken. CoOp's `val` part is
+never used.
+
+Order of this file: images; transforms and batches; layouts, with the table of data sets; `load`;
+LLM-written prompts; candidate labels and few-shot subsets; settings, scores and the run folder,
+which are the same in every script.
 
 Label firewall: `Images.view(...)`, which training reads, holds no labels. `Images.y_true` is for
 accuracy and diagnostics only.
@@ -257,8 +265,8 @@ def transforms(size):
 
 
 def normalize(x, out=None):
-    """uint8 pixels (B, R, R, 3) -> CLIP's floats (B, 3, R, R), channels last in memory, as GPUs like
-    it; bit for bit those of its preprocess. out: where to put them, (B, R, R, 3)."""
+    """uint8 pixels (B, R, R, 3) -> CLIP's floats (B, 3, R, R), bit for bit those of its preprocess;
+    channels last in memory, as GPUs like it. out: where to put them, (B, R, R, 3)."""
     out = torch.empty(x.shape, device=x.device) if out is None else out
     row = x.shape[2] * 3                                                        # R R G B ... values
     mean, std = (torch.tensor(v, device=x.device).repeat(x.shape[2]) for v in (MEAN, STD))
@@ -284,6 +292,9 @@ class Kept:
         memory = mmap.mmap(-1 if file is None else file.fileno(), self.bytes)
         self.memory = torch.frombuffer(memory, dtype=torch.uint8)
 
+    def __reduce__(self):
+        return type(None), ()                           # a spawned process gets none of it
+
     def pixels(self, i, decoded):
         """{prepare: (H, W, 3) uint8} of image i; decoded() is called the first time only."""
         views = {}
@@ -304,7 +315,7 @@ def keep_decoded(found, transforms, gb):
     they are decoded each time, with the same results. Returns a line that says which. Call it
     before `view`.
 
-    Spawned processes (macOS, Windows) cannot share what is kept: they need workers=0.
+    Spawned loader processes (macOS, Windows) cannot share what is kept and decode anew.
     """
     if found.train.pictures is not None:
         return "the images are in memory"
@@ -355,14 +366,14 @@ class Batches:
                    index)
 
     def room(self, x):
-        """Where the floats go. On a CPU new memory would cost more time than the arithmetic, so that
-        of a former batch is used as soon as no tensor holds it any more."""
+        """Where the floats go. On a CPU new memory would cost more time than the arithmetic, so
+        that of a former batch is used again, once no tensor holds it any more."""
         if self.device.type != "cpu":
             return None
         free = [m for m in self.memory if len(m) >= 4 * x.numel() and sys.getrefcount(m) == 3]
         if not free:
             free = [bytearray(4 * x.numel())]
-            self.memory += free
+            self.memory = free + self.memory[:7]
         return torch.frombuffer(free[0], dtype=torch.float32, count=x.numel()).view(x.shape)
 
 
@@ -1529,8 +1540,8 @@ def precision(amp, device):
 
 def check_label_order(found, accuracy):
     """Warns when the zero-shot accuracy (percent) on a known data set is so low that the labels are
-    probably in another order than the class names. The line is at 5 times chance, 35 % at most:
-    with EuroSAT's ten classes, 38 % are what CLIP RN50 really has."""
+    probably in another order than the class names. The line is at 5 times chance, 35 % at most: on
+    EuroSAT's ten classes 38 % are published for CLIP RN50."""
     C = len(found.class_names)
     if found.title and accuracy is not None and accuracy < min(500 / C, 35):
         print(f"warning: {accuracy:.1f} % zero-shot on {found.title} is too little for {C} "
@@ -1736,7 +1747,9 @@ def main(argv=None):
         if args.shots:
             found.train = found.train.subset(few_shot(found.train, args.shots, args.seed))
             print(f"--shots {args.shots} --seed {args.seed}: {len(found.train)} training images")
-        for part, images in (("train", found.train), ("test", found.test)):
+        for part, images in {"train": found.train, "test": found.test}.items():
+            if part == "test" and images is found.train:
+                continue                                # shown already
             if images.y_true is not None:
                 n = torch.bincount(images.y_true, minlength=len(names))
                 print(f"{part:5}  {int(n.min())} ({names[n.argmin()]}) to {int(n.max())} "
