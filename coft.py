@@ -468,7 +468,8 @@ def adapt(args):
                 raise data.DataError(f"the loss became {loss_sum} in phase {phase}, epoch "
                                      f"{epoch + 1}: lower --lr{phase}")
             p, p_clean = judge(model, teachers, plain, N, autocast)             # (2, N, C) each
-            p_test, clean_test = judge(model, teachers, test, N_test, autocast)
+            p_test, clean_test = (p, p_clean) if found.test is found.train else judge(
+                model, teachers, test, N_test, autocast)
             score = accuracy(mean_prediction(p_test), found.test.y_true)
             facts = diagnostics(p, p_clean, y, keep, y_true)
             run.log(phase=phase, epoch=epoch + 1, loss=round(loss_sum / count, 4), accuracy=score,

@@ -609,23 +609,41 @@ def sun397(root, ignored, known):
     return hash_split([row(key, "")[2] for key in keys], rows, base)
 
 
+FLOWERS = """
+    pink primrose, hard-leaved pocket orchid, canterbury bells, sweet pea, english marigold,
+    tiger lily, moon orchid, bird of paradise, monkshood, globe thistle, snapdragon, colt's
+    foot, king protea, spear thistle, yellow iris, globe-flower, purple coneflower, peruvian
+    lily, balloon flower, giant white arum lily, fire lily, pincushion flower, fritillary, red
+    ginger, grape hyacinth, corn poppy, prince of wales feathers, stemless gentian, artichoke,
+    sweet william, carnation, garden phlox, love in the mist, mexican aster, alpine sea holly,
+    ruby-lipped cattleya, cape flower, great masterwort, siam tulip, lenten rose, barbeton
+    daisy, daffodil, sword lily, poinsettia, bolero deep blue, wallflower, marigold, buttercup,
+    oxeye daisy, common dandelion, petunia, wild pansy, primula, sunflower, pelargonium, bishop
+    of llandaff, gaura, geranium, orange dahlia, pink-yellow dahlia, cautleya spicata, japanese
+    anemone, black-eyed susan, silverbush, californian poppy, osteospermum, spring crocus,
+    bearded iris, windflower, tree poppy, gazania, azalea, water lily, rose, thorn apple,
+    morning glory, passion flower, lotus, toad lily, anthurium, frangipani, clematis, hibiscus,
+    columbine, desert-rose, tree mallow, magnolia, cyclamen, watercress, canna lily,
+    hippeastrum, bee balm, ball moss, foxglove, bougainvillea, camellia, mallow, mexican
+    petunia, bromelia, blanket flower, trumpet creeper, blackberry lily
+    """                             # by number, from 1
+
+
 def flowers102(root, ignored, known):
     """imagelabels.mat: the class, from 1, of each jpg/image_00001.jpg; setid.mat: the split."""
     labels, sets = read_mat(root / "imagelabels.mat"), read_mat(root / "setid.mat")
     try:
-        parts = [[(f"jpg/image_{n:05d}.jpg", labels["labels"][n - 1] - 1) for n in sets[part]]
-                 for part in ("trnid", "tstid")]
+        parts = [[(f"jpg/image_{n:05d}.jpg", int(labels["labels"][n - 1]) - 1)
+                  for n in map(int, sets[part])] for part in ("trnid", "tstid")]
     except (KeyError, IndexError, TypeError, ValueError):
         raise DataError("imagelabels.mat and setid.mat: expected labels, trnid and tstid of the "
                         "same images") from None
-    names = list(getattr(torchvision.datasets.Flowers102, "classes", ()))
+    names = " ".join(FLOWERS.split()).split(", ")
     if (root / "cat_to_name.json").is_file():           # CoOp's: {"1": "pink primrose", ...}
         table = read_json(root / "cat_to_name.json")
         if not isinstance(table, dict) or set(table) != {str(k + 1) for k in range(len(table))}:
             raise DataError('cat_to_name.json: expected {"1": "pink primrose", "2": ...}')
         names = [str(table[str(k + 1)]) for k in range(len(table))]
-    if not names:
-        raise DataError("flowers-102: cat_to_name.json with the class names is missing")
     return Found("official split of setid.mat, not CoOp's", *map(Rows.of, parts), names)
 
 
@@ -1014,6 +1032,10 @@ def load(path, classes=None, template=None):
     own = wordnet(found.class_names or classes, root / inside, data_set, classes) if root else (
         found.class_names)
     names = check_classes(own, classes, unique=own == found.class_names and data_set is OTHER)
+    for files, labels in (found.train, found.test):
+        if labels and not 0 <= min(labels) <= max(labels) < len(names):
+            raise DataError(f"{path}: labels from {min(labels)} to {max(labels)}, but there are "
+                            f"{len(names)} classes: {found.layout}")
     if found.pictures:
         sets = [Images(*rows, inside=inside, pictures=pictures)
                 for rows, pictures in zip((found.train, found.test), found.pictures)]
@@ -1577,7 +1599,7 @@ class Run:
                 raise DataError(f"{self.out / 'last.pt'} is not a checkpoint of this script: "
                                 f"{_reason(e)}") from None
             other = [k for k, v in self.lines[0].items()
-                     if k not in ("resume", "overwrite", "out", "device", "workers")
+                     if k not in ("resume", "overwrite", "out", "device", "workers", "cache")
                      and args.get(k) != v]
             if other:
                 raise DataError(f"--resume: {self.out} was begun with other settings: "
