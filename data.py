@@ -1297,7 +1297,7 @@ def match_keys(class_names, keys, path):
     else the same words in any order, else an alias. A key that fits one class better is not given
     to another. DataError if two keys fit a class equally well, or one key two classes."""
     def aliases(name):
-        return "; ".join(sorted(min((a for a in ALIASES if _words(name) in a), default=())))
+        return "; ".join(sorted(next((a for a in ALIASES if _words(name) in a), ())))
     found = {}
     for form in (str, _plain, _words, aliases):
         free, taken = {}, {}
