@@ -48,6 +48,7 @@ import tempfile
 import time
 import unicodedata
 import warnings
+import weakref
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -108,6 +109,8 @@ class Images(Dataset):
     def __init__(self, files, y_true=None, root=None, inside="", pictures=None, sizes=None):
         self.files, self.root, self.inside = files, root, inside
         self.pictures, self.sizes, self.kept = pictures, sizes, None        # see `keep_decoded`
+        self.warned = torch.zeros(0 if sizes or pictures else len(files), dtype=torch.bool)
+        self.warned.share_memory_()                     # by the loader's processes
         self.y_true = None if y_true is None else torch.as_tensor(y_true, dtype=torch.long)   # (N,)
         if self.y_true is not None and self.y_true.shape != (len(self),):
             raise ValueError(f"{len(self)} images but labels {tuple(self.y_true.shape)}")
@@ -128,7 +131,10 @@ class Images(Dataset):
             return decode(os.path.join(self.root, self.files[i]))
         except Exception as e:                          # Pillow's plugins raise nearly anything
             if self.sizes is None:
-                print(f"warning: grey instead of {self.names[i]}: {_reason(e)}", file=sys.stderr)
+                if not self.warned[i]:
+                    print(f"warning: grey instead of {self.names[i]}: {_reason(e)}",
+                          file=sys.stderr)
+                self.warned[i] = True
                 return Image.new("RGB", (256, 256), "grey")
             raise DataError(f"cannot read {self.names[i]} any more: {_reason(e)}") from None
 
@@ -143,9 +149,11 @@ class Images(Dataset):
 
     def subset(self, indices):
         """The images `indices`, in that order."""
+        indices = [int(i) for i in indices]
+
         def pick(x):
             return None if x is None else [x[i] for i in indices]
-        y = None if self.y_true is None else self.y_true[list(indices)]
+        y = None if self.y_true is None else self.y_true[indices]
         return Images(pick(self.files), y, self.root, self.inside, pick(self.pictures),
                       pick(self.sizes))
 
@@ -355,7 +363,7 @@ class Batches:
     the device. What crosses from the loader's processes and to the device is uint8."""
     def __init__(self, batches, device):
         self.batches, self.sampler, self.device = batches, batches.sampler, torch.device(device)
-        self.memory = []                                # of former batches, on a CPU
+        self.memory = []                                # of former batches, on a CPU; who holds it
 
     def __len__(self):
         return len(self.batches)
@@ -370,11 +378,12 @@ class Batches:
         that of a former batch is used again, once no tensor holds it any more."""
         if self.device.type != "cpu":
             return None
-        free = [m for m in self.memory if len(m) >= 4 * x.numel() and sys.getrefcount(m) == 3]
-        if not free:
-            free = [bytearray(4 * x.numel())]
-            self.memory = free + self.memory[:7]
-        return torch.frombuffer(free[0], dtype=torch.float32, count=x.numel()).view(x.shape)
+        free = [m for m, holder in self.memory if holder() is None and len(m) >= 4 * x.numel()]
+        memory = free[0] if free else bytearray(4 * x.numel())
+        view = memoryview(memory)                       # lives as long as a tensor in it does
+        others = [pair for pair in self.memory if pair[0] is not memory]
+        self.memory = [(memory, weakref.ref(view)), *others[:7]]
+        return torch.frombuffer(view, dtype=torch.float32, count=x.numel()).view(x.shape)
 
 
 def loader(dataset, batch_size, shuffle=False, seed=0, workers=0, device="cpu", drop_last=False,
@@ -685,6 +694,16 @@ def ucf101(root, ignored, known):
                   ": CoOp's test set, the training set has CoOp's val in it")
 
 
+def tiny_imagenet(root, ignored, known):
+    """val/val_annotations.txt: lines `val_0.JPEG n03444034 0 32 44 62` on val/images/val_0.JPEG."""
+    folders, rows = _class_images(root, "train", ignored, known)
+    label = {wnid: k for k, wnid in enumerate(folders)}
+    line = r"(\S+)\s+(n\d{8})\b.*", "val_0.JPEG n03444034 0 32 44 62"
+    test = [(f"val/images/{file}", label.get(wnid, -1))
+            for file, wnid in read_lines(root / "val/val_annotations.txt", *line)]
+    return Found("official split, tested on val", rows, Rows.of(test), folders)
+
+
 class _Array:
     """Stands in for a numpy array: keeps its bytes."""
     def __init__(self, *_):
@@ -804,6 +823,8 @@ SETS = (
                   names="fine_label_names"), "CIFAR100"),
     Known("Imagenette", ("imagenette2", "imagenette", "imagenette2-320", "imagenette2-160"),
           torchvision="Imagenette"),
+    Known("Tiny-ImageNet", ("tiny-imagenet-200", "tiny-imagenet"),
+          own=("wnids.txt", "val/val_annotations.txt", "train/"), read=tiny_imagenet),
     Known("ImageNet-V2", ("imagenetv2", "imagenetv2-matched-frequency-format-val"), test_only=True),
     Known("ImageNet-Sketch", ("imagenet-sketch",), test_only=True),
     Known("ImageNet-A", ("imagenet-adversarial", "imagenet-a"), test_only=True),
@@ -1368,7 +1389,7 @@ def load_prompts(path, class_names, template):
     counts = [len(texts) for texts in prompts if texts]
     line = (f"{_text(os.path.basename(path))}: {min(counts)} to {max(counts)} sentences for "
             f"{C - len(missing)} of {C} classes")
-    line += f", {cut} sentences cut to 77 tokens" if cut else ""
+    line += f", {cut} of them cut to 77 tokens" if cut else ""
     unused = len(table.keys() - set(keys))
     return ([texts or [template.format(c)] for c, texts in zip(class_names, prompts)],
             line + (f", {unused} of {len(table)} keys fit no class" if unused else ""))
@@ -1439,7 +1460,7 @@ def read_candidates(path, images, class_names):
     if len(seen) < N:
         line += f"; {N - len(seen)} of {N} images have no entry: all classes"
     unknown = len(entries) - len(seen)
-    return sets, line + (f"; {unknown} entries are of images not here" if unknown else "")
+    return sets, line + (f"; entries of images not here: {unknown}" if unknown else "")
 
 
 def _candidate_rows(path, numbers):
@@ -1704,6 +1725,19 @@ def first_look(path, found):
     draw_sheet(path, ("training images", "test images"), rows)
 
 
+class Decoded(Dataset):
+    """As torchvision's ImageFolder: each image decoded anew, with a transform for each view."""
+    def __init__(self, images, transforms):
+        self.images, self.transforms = images, transforms
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        image = self.images.image(i)
+        return (*(t(image) for t in self.transforms), i)
+
+
 def measure_speed(found, size=224, workers=2):
     """Prints images per second of a weak and a strong view of the training images, here and with
     torchvision's transforms on freshly decoded images; and whether test images are CLIP's."""
@@ -1713,15 +1747,8 @@ def measure_speed(found, size=224, workers=2):
                         T.RandomHorizontalFlip(), *more, *end])
              for area, more in (((0.6, 1), []), ((0.4, 1), [T.RandAugment(2, 9)]))]
 
-    class Folder(Dataset):                              # as torchvision's ImageFolder, two views
-        def __len__(self):
-            return len(found.train)
-
-        def __getitem__(self, i):
-            image = found.train.image(i)
-            return usual[0](image), usual[1](image), i
-
-    plain = DataLoader(Folder(), 64, shuffle=True, num_workers=workers, persistent_workers=True)
+    plain = DataLoader(Decoded(found.train, usual), 64, shuffle=True, num_workers=workers,
+                       persistent_workers=True)
     test, weak, strong = views = transforms(size)
     print(keep_decoded(found, views, 4))
     ours = loader(found.train.view(weak, strong), 64, shuffle=True, workers=workers)

@@ -1,29 +1,45 @@
 """Tests of everything, on a CPU and without a network: python -m pytest -q test_smoke.py
 
-clip/ against golden numbers and files made here, data.py against folders made here, coft.py's
-equations against naive loops, and whole runs on small pieces of the demo.
+clip/ against golden numbers and files made here, data.py against miniatures of the data sets in
+their real file names and formats, coft.py's equations against naive loops, and whole runs on small
+pieces of the demo.
 """
+import base64
 import csv
 import hashlib
 import http.server
+import io
 import json
 import math
 import os
 import pickle
 import random
+import re
 import signal
+import socket
 import struct
 import sys
+import tarfile
+import tempfile
 import threading
+import time
+import urllib.error
 import warnings
 import zipfile
+import zlib
 from contextlib import nullcontext
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image
+from torchvision.datasets import Flowers102
+from torchvision.models import ResNet50_Weights
 
 import clip
 import coft
@@ -549,108 +565,735 @@ def test_no_network_is_one_line(monkeypatch, tmp_path):
 
 # ======== data.py ========
 
-PETS = [("Abyssinian", 1), ("american_bulldog", 2), ("Bengal", 3)]     # official ids; Bengal is cat
+
+@lru_cache(None)
+def encoded(k, size, mode, fmt):
+    out, noise = io.BytesIO(), random.Random(k).randbytes(size[0] * size[1] * 3)
+    Image.frombytes("RGB", size, noise).convert(mode).save(out, fmt)
+    return out.getvalue()
+
+
+def written(path, content):
+    """path, with bytes or text in it, or a list of lines, or else JSON."""
+    if isinstance(content, list) and all(isinstance(line, str) for line in content):
+        content = "".join(f"{line}\n" for line in content)
+    content = content if isinstance(content, (str, bytes)) else json.dumps(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
 
 
 def picture(path, k=0, size=(40, 30), mode="RGB", fmt=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = random.Random(k).randbytes(size[0] * size[1] * 3)
-    Image.frombytes("RGB", size, noise).convert(mode).save(path, fmt)
+    fmt = fmt or ("PNG" if path.suffix == ".png" else "JPEG")
+    return written(path, encoded(k % 16, size, mode, fmt))
+
+
+def draw(root, *parts):
+    for k, file in enumerate(file for part in parts for file in part):
+        picture(root / file, k)
+
+
+@pytest.fixture
+def ram(tmp_path):
+    """A folder in memory, where that can be had: on a disk, thousands of folders take seconds."""
+    shm = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path
+    with tempfile.TemporaryDirectory(dir=shm) as folder:
+        yield Path(folder)
 
 
 def class_folders(root, n=4, names=("dog", "cat", "bear")):
-    for c in names:
-        for k in range(n):
-            picture(root / c / f"{k:03d}.png", k)
+    draw(root, [f"{c}/{k:03d}.png" for c in names for k in range(n)])
 
 
-def pets(root, split=True, official=True):
-    rows = {"train": [], "val": [], "test": []}
-    lines = {"trainval": ["#Image CLASS-ID SPECIES BREED ID"], "test": []}
-    for name, label in PETS:
-        for k in range(6):
-            part = "test" if k > 3 else "val" if k == 3 else "train"
-            picture(root / "images" / f"{name}_{k}.jpg", k)
-            rows[part].append([f"{name}_{k}.jpg", label - 1, name.lower()])
-            lines["test" if k > 3 else "trainval"].append(f"{name}_{k} {label} 1 1")
-    picture(root / "images" / "not_in_any_split_1.jpg")
-    if split:
-        random.Random(0).shuffle(rows["train"])
-        (root / "split_zhou_OxfordPets.json").write_text(json.dumps(rows, indent=4))
-    if official:
-        (root / "annotations").mkdir()
-        for part, text in lines.items():
-            (root / "annotations" / f"{part}.txt").write_text("\n".join(text) + "\n")
-    return root
-
-
-def refuses(*args, **kwargs):
+def refuses(*args, by=data.load):
+    """The message of the DataError; one line, but for the tree of what is expected."""
     with pytest.raises(data.DataError) as e:
-        data.load(*args, **kwargs)
-    return str(e.value)
+        by(*args)
+    message = str(e.value)
+    assert len(message.split(" Expected one of")[0].splitlines()) == 1
+    return message
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_data_coop_pets(tmp_path, wrapped):
-    pets(tmp_path / "oxford_pets")
-    inside = "oxford_pets/" if wrapped else ""
-    d = data.load(tmp_path if wrapped else tmp_path / "oxford_pets")
-    assert d.class_names == ["abyssinian", "american bulldog", "bengal"]
-    assert d.templates == ["a photo of a {}, a type of pet."]
-    assert (len(d.train), len(d.test)) == (9, 6) and "CoOp" in d.description
-    assert "9 training and 6 test" in d.description and "3 images of val" in d.description
-    assert ("in oxford_pets/" in d.description) == wrapped and "\n" not in d.description
+# ======== data.py: every data set ========
+# Miniatures of the field's data sets, in the real file names and formats. A builder writes one
+# below `tmp` and returns its `Facts`.
+
+
+class Facts(NamedTuple):
+    """train, test: {path relative to home: label}; home: the data set's own folder in `tmp`."""
+    home: str
+    title: str                  # part of Data.title, letters and digits only
+    names: list
+    template: str
+    train: dict
+    test: dict
+    says: tuple = ()            # in Data.description; without "hash" there it is not there
+
+
+def by_hash(files, base=""):
+    """{path: label} as (train, test), by a hash of the paths below base."""
+    parts = {}, {}
+    for file, y in files.items():
+        digest = hashlib.sha256(file[len(base):].encode()).hexdigest()
+        parts[int(digest, 16) % 5 == 0][file] = y
+    assert all(parts)
+    return parts
+
+
+def spaces(names):
+    return [c.replace("_", " ") for c in names]
+
+
+CASES = {}
+
+
+def case(*args):
+    """Registers a builder, once per argument."""
+    def register(build):
+        CASES.update({f"{build.__name__} {a}": (build, a) for a in args})
+        return build
+    return register
+
+
+def miniature(tmp, name):
+    build, a = CASES[name]
+    return build(tmp, a)
+
+
+# ---- MATLAB 5 files, as MATLAB 7 writes them: compressed, doubles stored as small integers ----
+
+def element(kind, raw):
+    if 0 < len(raw) <= 4:                               # small data element
+        return struct.pack("<HH", kind, len(raw)) + raw.ljust(4, b"\0")
+    return struct.pack("<II", kind, len(raw)) + raw + bytes(-len(raw) % 8)
+
+
+def array(name, kind, dims, content, flags=0):
+    return element(14, element(6, bytes([kind, flags]) + bytes(6)) + element(
+        5, struct.pack(f"<{len(dims)}I", *dims)) + element(1, name.encode()) + content)
+
+
+def matrix(value, name=""):
+    """A list of ints or of str (cell), a str, an int, or a list of dicts (struct array): 1 x n."""
+    value = [value] if isinstance(value, int) else value
+    n, one = len(value), value if isinstance(value, str) else value[0]
+    if value is one:
+        kind, body = 4, element(4, value.encode("utf-16-le")) if n % 2 else element(
+            16, value.encode())
+    elif isinstance(one, (int, float)):
+        k = 9 if isinstance(one, float) else 2 if max(value) < 256 else 4
+        kind, body = 6, element(k, struct.pack(f"<{n}{data.MAT_NUMBERS[k]}", *value))
+    elif isinstance(one, str):
+        kind, body = 1, b"".join(map(matrix, value))
+    else:
+        fields = b"".join(f.encode().ljust(32, b"\0") for f in one)
+        kind, body = 2, element(5, struct.pack("<i", 32)) + element(1, fields) + b"".join(
+            matrix(v) for row in value for v in row.values())
+    return array(name, kind, (1, n), body)
+
+
+def compressed(raw):
+    raw = zlib.compress(raw)
+    return struct.pack("<II", 15, len(raw)) + raw       # the one element that is not padded
+
+
+def mat(*arrays, version=b"\0\1IM"):
+    return b"MATLAB 5.0 MAT-file".ljust(124, b"\0") + version + b"".join(arrays)
+
+
+def write_mat(path, pack=compressed, **variables):
+    written(path, mat(*(pack(matrix(value, name)) for name, value in variables.items())))
+
+
+# ---- Python 2 pickles, opcode for opcode like those of CIFAR ----
+
+def py2(x, memo=None):
+    memo = [] if memo is None else memo
+
+    def put(raw, key=None):                             # BINPUT, LONG_BINPUT
+        memo.append(key)
+        k = len(memo) - 1
+        return raw + (b"q" + bytes([k]) if k < 256 else b"r" + struct.pack("<I", k))
+
+    if isinstance(x, int):
+        return (b"K" + bytes([x]) if 0 <= x < 256 else b"M" + struct.pack("<H", x)
+                if 0 <= x < 65536 else b"J" + struct.pack("<i", x))
+    if isinstance(x, bytes):                            # a str of Python 2
+        if x in memo[:256]:
+            return b"h" + bytes([memo.index(x)])        # BINGET
+        size = b"U" + bytes([len(x)]) if len(x) < 256 else b"T" + struct.pack("<i", len(x))
+        return put(size + x, x)
+    if isinstance(x, list):                             # in portions, as pickle does
+        out = put(b"]")
+        for k in range(0, len(x), 40):
+            out += b"(" + b"".join(py2(v, memo) for v in x[k:k + 40]) + b"e"
+        return out
+    if isinstance(x, dict):
+        return put(b"}") + b"(" + b"".join(py2(v, memo) for kv in x.items() for v in kv) + b"u"
+    out = put(b"cnumpy.core.multiarray\n_reconstruct\n") + put(b"cnumpy\nndarray\n")
+    out = put(put(put(out + b"K\0\x85") + py2(b"b", memo) + b"\x87") + b"R") + b"(K\x01"
+    out = put(out + b"".join(py2(n, memo) for n in x.shape) + b"\x86") + put(b"cnumpy\ndtype\n")
+    out = put(put(out + py2(b"u1", memo) + b"K\0K\x01\x87") + b"R") + b"(K\x03"
+    out = put(out + py2(b"|", memo) + b"NNN" + py2(-1) * 2 + b"K\0t") + b"b\x89"
+    return put(out + py2(x.tobytes(), memo) + b"t") + b"b"
+
+
+# ---- CoOp's split files ----
+
+CALTECH = {"Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike",
+           "accordion": "accordion", "airplanes": "airplane", "anchor": "anchor",
+           "car_side": "car_side", "yin_yang": "yin_yang"}      # case-sensitive order
+CARS = {"AM General Hummer SUV 2000": "2000 AM General Hummer SUV",             # devkit order
+        "Acura RL Sedan 2012": "2012 Acura RL Sedan",
+        "Audi TT RS Coupe 2012": "2012 Audi TT RS Coupe",
+        "Ram C/V Cargo Van Minivan 2012": "2012 Ram C/V Cargo Van Minivan",
+        "smart fortwo Convertible 2012": "2012 smart fortwo Convertible"}
+FOOD = ["apple_pie", "baby_back_ribs", "baklava"]
+PETS = {"Abyssinian": "abyssinian", "american_bulldog": "american_bulldog", "Bengal": "bengal"}
+SUN = {"/a/abbey": "abbey", "/b/bakery/shop": "shop bakery", "/a/airplane_cabin": "airplane cabin",
+       "/a/apartment_building/outdoor": "outdoor apartment building"}   # not sorted: file order
+TEXTURES = ["banded", "blotchy", "polka-dotted"]
+EUROSAT = {"AnnualCrop": "Annual Crop Land", "Forest": "Forest",
+           "HerbaceousVegetation": "Herbaceous Vegetation Land", "Highway": "Highway or Road",
+           "Industrial": "Industrial Buildings", "Pasture": "Pasture Land",
+           "PermanentCrop": "Permanent Crop Land", "Residential": "Residential Buildings",
+           "River": "River", "SeaLake": "Sea or Lake"}
+UCF = {"ApplyEyeMakeup": "Apply_Eye_Makeup", "Hammering": "Hammering",
+       "HammerThrow": "Hammer_Throw", "HandstandPushups": "Handstand_Pushups",
+       "TaiChi": "Tai_Chi", "YoYo": "Yo_Yo"}                    # classInd order, not sorted
+PHOTO, PET = "a photo of a {}.", "a photo of a {}, a type of pet."
+FLOWER, PLANE = "a photo of a {}, a type of flower.", "a photo of a {}, a type of aircraft."
+DISH, SATELLITE = "a photo of {}, a type of food.", "a centered satellite photo of {}."
+DOING = "a photo of a person doing {}."
+
+COOP = {  # folder, split file, image folder, title, template, path of image i of class c, classes
+    "caltech": ("caltech-101", "Caltech101", "101_ObjectCategories/", "caltech101", PHOTO,
+                lambda c, i: f"{c}/image_{i + 1:04d}.jpg", CALTECH),
+    "pets": ("oxford_pets", "OxfordPets", "images/", "pets", PET, lambda c, i: f"{c}_{i}.jpg",
+             PETS),
+    "cars": ("stanford_cars", "StanfordCars", "", "cars", PHOTO, lambda c, i:
+             f"cars_{'test' if i > 2 else 'train'}/{[*CARS].index(c) * 9 + i:05d}.jpg", CARS),
+    "flowers": ("oxford_flowers", "OxfordFlowers", "jpg/", "flowers", FLOWER,
+                lambda c, i: f"image_{len(c) * 9 + i:05d}.jpg",
+                {c: c for c in Flowers102.classes[:3]}),
+    "food": ("food-101", "Food101", "images/", "food101", DISH,
+             lambda c, i: f"{c}/{100 + i}.jpg", {c: c for c in FOOD}),
+    "sun": ("sun397", "SUN397", "SUN397/", "sun397", PHOTO, lambda c, i: f"{c[1:]}/sun_a{i}.jpg",
+            {c: " ".join(c.split("/")[:1:-1]) for c in SUN}),
+    "dtd": ("dtd", "DescribableTextures", "images/", "dtd|texture", "{} texture.",
+            lambda c, i: f"{c}/{c}_{i:04d}.jpg", {c: c for c in TEXTURES}),
+    "eurosat": ("eurosat", "EuroSAT", "2750/", "eurosat", SATELLITE,
+                lambda c, i: f"{c}/{c}_{i + 1}.jpg", EUROSAT),
+    "ucf": ("ucf101", "UCF101", "UCF-101-midframes/", "ucf101", DOING,
+            lambda c, i: f"{UCF[c]}/v_{c}_g08_c{i:02d}.jpg", UCF)}
+
+
+@case(*COOP)
+def coop(tmp, which):
+    """train 0-1, val 2, test 3 of each class; beside it the official files with another split."""
+    folder, split, images, title, template, path, classes = COOP[which]
+    if which in ("food", "dtd", "pets"):
+        {"food": food, "dtd": dtd, "pets": pets}[which](tmp, folder)
+    root, rows = tmp / folder, {"train": [], "val": [], "test": []}
+    for y, (c, name) in enumerate(classes.items()):
+        for i, part in enumerate(("train", "train", "val", "test")):
+            rows[part].append([path(c, i), y, name])
+            picture(root / images / path(c, i), i)
+    for part in rows.values():
+        random.Random(1).shuffle(part)
+    written(root / f"split_zhou_{split}.json", json.dumps(rows, indent=4))
+    written(root / "split_fewshot" / "shot_1-seed_1.pkl", b"of Dassl, stale")
+    parts = [{images + p: y for p, y, _ in rows[part]} for part in ("train", "test")]
+    return Facts(folder, title, spaces(classes.values()), template, *parts,
+                 ("CoOp layout", f"{len(classes)} images of val not used"))
+
+
+# ---- official splits and layouts of torchvision ----
+
+@case("oxford-iiit-pet", "oxford_pets")
+def pets(tmp, folder):
+    parts, lines = ({}, {}), ([], ["#Image CLASS-ID SPECIES BREED ID"])
+    for y, breed in enumerate(PETS):
+        for i in range(3):
+            parts[i > 1][f"images/{breed}_{i}.jpg"] = y
+            lines[i > 1].append(f"{breed}_{i} {y + 1} 1 1")
+    draw(tmp / folder, *parts, ["images/unlisted_1.jpg"])
+    for part, text in zip(("trainval", "test"), lines):
+        written(tmp / folder / "annotations" / f"{part}.txt", text)
+    return Facts(folder, "pets", spaces(PETS.values()), PET, *parts, ("official",))
+
+
+@case("flowers-102", "oxford_flowers")
+def flowers(tmp, folder):
+    """Image i (from 1) is of class labels[i - 1] (from 1); 51 has a second training image."""
+    labels = random.Random(2).sample([*range(1, 103)] * 3 + [51], 307)
+    ids = {"trnid": [], "valid": [], "tstid": []}
+    for i, y in enumerate(labels, 1):
+        nth = labels[:i - 1].count(y)
+        ids[["trnid", "tstid", "valid", "trnid"][nth]].append(i)
+    write_mat(tmp / folder / "imagelabels.mat", labels=labels)
+    write_mat(tmp / folder / "setid.mat", compressed if folder == "flowers-102" else bytes, **ids)
+    parts = [{f"jpg/image_{i:05d}.jpg": labels[i - 1] - 1 for i in ids[part]}
+             for part in ("trnid", "tstid")]
+    draw(tmp / folder, [f"jpg/image_{i:05d}.jpg" for i in range(1, 308)])
+    return Facts(folder, "flowers", [c.rstrip("?") for c in Flowers102.classes], FLOWER, *parts,
+                 ("official", "not CoOp's"))
+
+
+@case("food-101")
+def food(tmp, folder):
+    root, parts = tmp / folder, ({}, {})
+    for y, c in enumerate(FOOD):
+        for i in (1005649, 29109, 777):
+            parts[i == 777][f"images/{c}/{i}.jpg"] = y
+    for name, part in zip(("train", "test"), parts):
+        stems = [p[len("images/"):-len(".jpg")] for p in part]
+        written(root / "meta" / f"{name}.txt", stems)
+        written(root / "meta" / f"{name}.json", json.dumps(
+            {c: [s for s in stems if s.startswith(c + "/")] for c in FOOD}))
+    written(root / "meta" / "classes.txt", FOOD)
+    written(root / "meta" / "labels.txt", [c.replace("_", " ").capitalize() for c in FOOD])
+    draw(root, *parts, ["images/baklava/unlisted.jpg"])
+    return Facts(folder, "food101", spaces(FOOD), DISH, *parts, ("official", "not CoOp's"))
+
+
+VARIANTS = ["707-320", "DR-400", "Boeing 717", "F-16A/B", "F/A-18", "Cessna 172"]   # file order
+
+
+@case("fgvc_aircraft", "fgvc-aircraft-2013b/data")
+def aircraft(tmp, folder):
+    root, lists = tmp / folder, {"train": [], "val": [], "test": []}
+    parts = {part: {} for part in lists}
+    for y, variant in enumerate(VARIANTS):
+        for i, part in enumerate(("train", "train", "val", "test")):
+            lists[part].append(f"{y * 70 + i:07d} {variant}")
+            parts[part][f"images/{y * 70 + i:07d}.jpg"] = y
+    for part, text in (lists | {"trainval": lists["train"] + lists["val"]}).items():
+        written(root / f"images_variant_{part}.txt", text)
+        written(root / f"images_family_{part}.txt", [line.split()[0] + " Boeing" for line in text])
+    written(root / "variants.txt", VARIANTS)
+    written(root / "families.txt", ["Boeing"])
+    written(root / "images_box.txt", ["0000000 1 1 8 8"])
+    draw(root, *parts.values())
+    return Facts(folder, "aircraft", VARIANTS, PLANE, parts["train"], parts["test"],
+                 ("official", "which CoOp uses too"))
+
+
+@case("dtd", "dtd/dtd")
+def dtd(tmp, folder):
+    """Partition 1 of 10: as many images in each of its parts. Partition 2 is another one."""
+    root, parts = tmp / folder, {"train": {}, "val": {}, "test": {}}
+    for y, c in enumerate(TEXTURES):
+        for i, part in enumerate((*parts, *parts)):
+            parts[part][f"images/{c}/{c}_{50 + i:04d}.jpg"] = y
+    for k in (1, 2):
+        for name, part in zip(parts, (*parts.values(), *parts.values())[k - 1:]):
+            written(root / "labels" / f"{name}{k}.txt", [p[len("images/"):] for p in part])
+    written(root / "labels" / "labels_joint_anno.txt", ["banded/banded_0050.jpg banded"])
+    written(root / "imdb" / "imdb.mat", ["not read"])
+    draw(root, *parts.values())
+    return Facts(folder, "dtd|texture", TEXTURES, "{} texture.", parts["train"], parts["test"],
+                 ("official", "not CoOp's"))
+
+
+@case("eurosat")
+def eurosat(tmp, folder):
+    files = {f"2750/{c}/{c}_{i}.jpg": y for y, c in enumerate(EUROSAT) for i in range(1, 5)}
+    draw(tmp / folder, files)
+    return Facts(folder, "eurosat", list(EUROSAT.values()), SATELLITE,
+                 *by_hash(files, "2750/"), ("hash",))
+
+
+@case("caltech101", "caltech-101")
+def caltech(tmp, folder):
+    files = {f"101_ObjectCategories/{c}/image_{i:04d}.jpg": y for y, c in enumerate(CALTECH)
+             for i in range(1, 6)}
+    draw(tmp / folder, files, [f"101_ObjectCategories/{c}/image_0001.jpg"
+                               for c in ("BACKGROUND_Google", "Faces_easy")])
+    written(tmp / folder / "Annotations" / "Faces_2" / "annotation_0001.mat", ["not read"])
+    return Facts(folder, "caltech101", spaces(CALTECH.values()), PHOTO,
+                 *by_hash(files, "101_ObjectCategories/"), ("hash",))
+
+
+@case("SUN397")
+def sun(tmp, folder):                                   # torchvision's: no lists
+    files = {f"{c[1:]}/sun_{i}bzqri.jpg": y for y, c in enumerate(SUN) for i in range(6)}
+    draw(tmp / folder, files)
+    written(tmp / folder / "ClassName.txt", [*SUN])
+    written(tmp / folder / "README.txt", ["SUN Database"])
+    return Facts(folder, "sun397", list(SUN.values()), PHOTO, *by_hash(files), ("hash",))
+
+
+@case("sun397")
+def sun_lists(tmp, folder):                             # CoOp's folder with Partitions.zip
+    parts, root = ({}, {}), tmp / folder
+    for y, c in enumerate(SUN):
+        for i in range(3):
+            parts[i > 1][f"SUN397{c}/sun_{i}bzqri.jpg"] = y
+    for part, name in zip(parts, ("Training", "Testing")):
+        written(root / f"{name}_01.txt", [p[len("SUN397"):] for p in part])
+        written(root / f"{name}_02.txt", ["/a/abbey/sun_other.jpg"])
+    for where in (root, root / "SUN397"):
+        written(where / "ClassName.txt", [*SUN])
+    draw(root, *parts, ["SUN397/a/abbey/sun_unlisted.jpg"])
+    return Facts(folder, "sun397", list(SUN.values()), PHOTO, *parts, ("official",))
+
+
+@case("stanford_cars")
+def cars(tmp, folder):
+    root, parts = tmp / folder, []
+    write_mat(root / "devkit" / "cars_meta.mat", class_names=[*CARS])
+    for part, place in (("train", "devkit/cars_train_annos.mat"),
+                        ("test", "cars_test_annos_withlabels.mat")):
+        rows = [{"bbox_x1": 39, "bbox_y1": 116, "bbox_x2": 569, "bbox_y2": 375,
+                 "class": (i * 3) % len(CARS) + 1, "fname": f"{i:05d}.jpg"} for i in range(1, 11)]
+        write_mat(root / place, annotations=rows)
+        parts.append({f"cars_{part}/{row['fname']}": row["class"] - 1 for row in rows})
+    rows = [{k: v for k, v in row.items() if k != "class"} for row in rows]
+    write_mat(root / "devkit" / "cars_test_annos.mat", annotations=rows)      # without labels
+    draw(root, *parts)
+    return Facts(folder, "cars", list(CARS.values()), PHOTO, *parts, ("official",))
+
+
+@case("HandstandPushups", "HandStandPushups")
+def ucf(tmp, spelling):                                 # both spellings are in the wild
+    root, parts, lists = tmp / "ucf101", ({}, {}), ([], [])
+    actions = [spelling if c == "HandstandPushups" else c for c in UCF]
+    for y, (c, action) in enumerate(zip(UCF, actions)):
+        for i in range(3):
+            video = f"v_{c.replace('Handstand', 'HandStand')}_g08_c{i:02d}"
+            lists[i > 1].append(f"{action}/{video}.avi" + (f" {y + 1}" if i < 2 else ""))
+            parts[i > 1][f"UCF-101-midframes/{UCF[c]}/{video}.jpg"] = y
+    files = {f"{name}list0{k}.txt": text for k in (1, 2)
+             for name, text in zip(("train", "test"), lists[::3 - 2 * k])}
+    files["classInd.txt"] = [f"{y} {action}" for y, action in enumerate(actions, 1)]
+    for name, text in files.items():
+        written(root / "ucfTrainTestlist" / name, "\r\n".join(text) + "\r\n")
+    draw(root, *parts)
+    return Facts("ucf101", "ucf101", spaces(UCF.values()), DOING, *parts, ("official",))
+
+
+# ---- ImageNet and its test sets ----
+
+WNIDS = [f"n{1440764 + 977 * k:08d}" for k in range(1000)]
+OPENAI = [f"thing {k}" for k in range(1000)]
+OPENAI[657] = OPENAI[744] = "missile"                   # twice in the real file, too
+OPENAI[836] = OPENAI[837] = "sunglasses"
+LINES = [f"{w} {c}" for w, c in zip(WNIDS, OPENAI)]
+
+
+def link(root, files):
+    """Thousands of images in no time: hard links to one."""
+    one = picture(root / ".one.jpg")
+    for file in files:
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        os.link(one, root / file)
+    one.unlink()
+
+
+@case("CoOp", "torchvision")
+def imagenet(tmp, layout):
+    images = "images/" if layout == "CoOp" else ""
+    train = {f"{images}train/{w}/{w}_1{y}.JPEG": y for y, w in enumerate(WNIDS)}
+    test = {f"{images}val/{w}/ILSVRC2012_val_{y:08d}.JPEG": y for y, w in enumerate(WNIDS)}
+    link(tmp / "imagenet", [*train, *test])
+    names = ResNet50_Weights.DEFAULT.meta["categories"]
+    written(tmp / "imagenet" / "meta.bin", b"not read")
+    if layout == "CoOp":                                # labels: sorted folders, not its lines
+        names = OPENAI
+        written(tmp / "imagenet" / "classnames.txt", random.Random(3).sample(LINES, 1000))
+    return Facts("imagenet", "imagenet", names, PHOTO, train, test, ("train/ labelled + val/",))
+
+
+@case("imagenetv2/imagenetv2-matched-frequency-format-val", "imagenet-sketch/images",
+      "imagenet-adversarial/imagenet-a", "imagenet-rendition/imagenet-r")
+def imagenet_test(tmp, folder):
+    home, images = folder.split("/")
+    kept = range(2, 1000, 5) if images in ("imagenet-a", "imagenet-r") else range(1000)
+    end = {"imagenetv2": "jpeg", "imagenet-sketch": "JPEG"}.get(home, "jpg")
+    files = {f"{images}/{k if home == 'imagenetv2' else WNIDS[k]}/{k}.{end}": y
+             for y, k in enumerate(kept)}
+    link(tmp / home, files)
+    written(tmp / home / "classnames.txt", LINES)
+    written(tmp / home / images / "README.txt", ["200 classes"])
+    return Facts(home, "imagenet", [OPENAI[k] for k in kept], PHOTO, files, files, ("test only",))
+
+
+# ---- every layout ----
+
+def letters(text):
+    return re.sub("[^a-z0-9]", "", text.lower())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layout(ram, name):
+    want = miniature(ram, name)
+    home = ram / want.home
+    for path, prefix in ((home, ""), (home.parent, home.name + "/")):   # itself; the only one in it
+        d = data.load(path)
+        names = [c.rstrip("?").replace("Hand Stand", "Handstand") for c in d.class_names]
+        assert names == want.names and d.templates == [want.template]
+        for images, part in ((d.train, want.train), (d.test, want.test)):
+            assert dict(zip(images.names, images.y_true.tolist())) == {
+                prefix + file: y for file, y in part.items()}
+            assert len(images) == len(part) and images.image(0).size == (40, 30)
+        assert (d.train is d.test) == ("test only" in want.says)
+        assert re.search(want.title, letters(d.title)) and "\n" not in d.description
+        assert all(text in d.description for text in (
+            *want.says, f"{len(names)} classes", f"{len(want.train)} training and {len(want.test)} "
+            f"test images", *[f"in {d.train.inside}"] * bool(d.train.inside))), d.description
+        never = {"hash", "test only", "CoOp layout"} - set(want.says)
+        assert not any(text in d.description for text in never), d.description
+
+
+# ---- CIFAR ----
+
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR100 = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus
+butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab
+crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard
+lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom
+oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider
+squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout
+tulip turtle wardrobe whale willow_tree wolf woman worm""".split()
+
+
+def cifar(root, K):
+    """[(labels, images (N, 32, 32, 3)) of train, of test], class names."""
+    names, key = (CIFAR10, b"labels") if K == 10 else (CIFAR100, b"fine_labels")
+    files = ([f"data_batch_{k}" for k in range(1, 6)] + ["test_batch"] if K == 10 else
+             ["train", "test"])
+    raw = [c.encode() for c in names]
+    meta = ({b"num_cases_per_batch": 10, b"label_names": raw, b"num_vis": 3072} if K == 10 else
+            {b"fine_label_names": raw, b"coarse_label_names": [b"fish", b"flowers"]})
+    labels, images = [], []
+    written(root / ("batches.meta" if K == 10 else "meta"), b"\x80\x02" + py2(meta) + b".")
+    for k, file in enumerate(files):
+        x = np.random.default_rng(k).integers(0, 256, (K, 3072), dtype=np.uint8)
+        labels.append(random.Random(k).sample(range(K), K))
+        images.append(x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        table = {b"batch_label": b"batch %d" % k, key: labels[k], b"data": x,
+                 b"filenames": [b"img_s_%06d.png" % i for i in range(K)]}
+        table |= {b"coarse_labels": [0, 1] * 50} if K == 100 else {}
+        pickled = written(root / file, b"\x80\x02" + py2(table) + b".").read_bytes()
+        assert (pickle.loads(pickled, encoding="bytes")[b"data"] == x).all()
+    return [(sum(labels[:-1], []), np.concatenate(images[:-1])), (labels[-1], images[-1])], names
+
+
+@pytest.mark.parametrize("folder", ["cifar-10-batches-py", "cifar-100-python",      # torchvision
+                                    "cifar-10", "cifar-100"])                       # DeFT
+def test_cifar_pickles(tmp_path, folder):
+    K = 100 if "100" in folder else 10
+    parts, names = cifar(tmp_path / folder, K)
+    written(tmp_path / folder / "readme.html", ["<html>"])
+    for path in (tmp_path / folder, tmp_path):
+        d = data.load(path)
+        assert d.class_names == spaces(names) and d.templates == [PHOTO]
+        assert letters(d.title) == f"cifar{K}"
+        assert "official" in d.description and "hash" not in d.description
+        for images, part, (labels, x) in zip((d.train, d.test), ("train", "test"), parts):
+            assert images.y_true.tolist() == labels
+            for i in (0, 27 % len(x), len(x) - 1):
+                assert images.names[i].endswith(f"{part}/{i:05d}.png")
+                assert (np.asarray(images.image(i)) == x[i]).all()
+        few = d.train.subset([27, 3])
+        assert few.y_true.tolist() == [parts[0][0][i] for i in (27, 3)]
+        assert (few.view(data.transforms(32)[0])[1][0].numpy() == parts[0][1][3]).all()
+
+
+@pytest.mark.parametrize("K", [10, 100])
+def test_cifar_class_folders(tmp_path, K):              # LaFTer's: names with a space
+    names = spaces(CIFAR10 if K == 10 else CIFAR100)
+    root = tmp_path / f"cifar{K}"
+    draw(root, [f"{part}/{c}/{i:04d}.png" for c in names for part, n in (("train", 2), ("test", 1))
+                for i in range(n)])
+    d = data.load(root)
+    assert d.class_names == names and d.templates == [PHOTO] and "hash" not in d.description
+    assert (len(d.train), len(d.test)) == (2 * K, K)
     for images in (d.train, d.test):
-        for name, y in zip(images.names, images.y_true.tolist()):
-            assert name.startswith(inside + "images/")
-            assert Path(name).name.rsplit("_", 1)[0].lower() == d.class_names[y].replace(" ", "_")
+        for name, y in zip(images.names, images.y_true):
+            assert name.split("/")[1] == names[y]
 
 
-@pytest.mark.parametrize("folder", ["oxford-iiit-pet", "oxford_pets"])
-def test_data_official_pets(tmp_path, folder):
-    pets(tmp_path / folder, split=False)
-    d = data.load(tmp_path / folder)
-    assert d.class_names == ["abyssinian", "american bulldog", "bengal"]
-    assert (len(d.train), len(d.test)) == (12, 6) and "official split" in d.description
-    assert d.test.y_true.tolist() == [0, 0, 1, 1, 2, 2]
-    assert d.test.names[0] == "images/Abyssinian_4.jpg"
-    (tmp_path / folder / "annotations" / "test.txt").write_text("Abyssinian 1\nwhat\n")
-    assert "annotations/test.txt line 1" in refuses(tmp_path / folder)
+@pytest.mark.parametrize("file", ["data_batch_1", "batches.meta"])
+@pytest.mark.parametrize("attack", ["os\nsystem", "posix\nsystem", "__builtin__\neval", "cut",
+                                    "numpy.testing._private.utils\nrunstring", "wrong"])
+def test_cifar_bad_pickle(tmp_path, file, attack):
+    mark, root = tmp_path / "mark", tmp_path / "cifar-10-batches-py"
+    cifar(root, 10)
+    good = (root / file).read_bytes()
+    code = f"touch {mark}" if "system" in attack else f"__import__('os').system('touch {mark}')"
+    call = b"(" + py2(code.encode()) + (b"}" if "runstring" in attack else b"") + b"t"
+    bad = {"cut": good[:len(good) // 2], "wrong": b"\x80\x02K\x01."}
+    evil = b"\x80\x02c" + attack.encode() + b"\n" + call + b"R0" + good[2:]   # call, then the rest
+    written(root / file, bad.get(attack, evil))
+    assert file in refuses(root)
+    assert not mark.exists()
+
+
+# ---- errors in the data sets' own files ----
+
+@pytest.mark.parametrize("name, file, line", [
+    ("pets oxford_pets", "annotations/trainval.txt", "Abyssinian_1"),
+    ("pets oxford_pets", "annotations/test.txt", "Abyssinian_1 one 1 1"),
+    ("food food-101", "meta/train.txt", "apple_pie"),
+    ("food food-101", "meta/test.txt", "no_such_dish/123"),
+    ("aircraft fgvc_aircraft", "images_variant_train.txt", "0000001"),
+    ("aircraft fgvc_aircraft", "images_variant_test.txt", "0000001 Concorde"),
+    ("dtd dtd", "labels/train1.txt", "banded_0050.jpg"),
+    ("sun_lists sun397", "Training_01.txt", "/x/no_such_scene/sun_a.jpg"),
+    ("sun_lists sun397", "Testing_01.txt", "sun_a.jpg"),
+    ("sun SUN397", "ClassName.txt", "abbey"),
+    ("ucf HandstandPushups", "ucfTrainTestlist/classInd.txt", "two Hammering"),
+    ("ucf HandstandPushups", "ucfTrainTestlist/trainlist01.txt", "NoSuchAction/v_x.avi 2"),
+    ("ucf HandstandPushups", "ucfTrainTestlist/testlist01.txt", "v_x_g01_c01.avi"),
+    ("imagenet_test imagenet-adversarial/imagenet-a", "classnames.txt", "tench")])
+def test_malformed_line(ram, name, file, line):
+    root = ram / miniature(ram, name).home
+    lines = (root / file).read_text().splitlines()
+    written(root / file, [lines[0], line, *lines[1:]])
+    message = refuses(root)
+    assert Path(file).name in message
+    if not re.search("(?i)no_?such|concorde", line):    # those are unknown classes
+        assert re.search(r"line 2\b", message)
+
+
+@pytest.mark.parametrize("name, file", [
+    ("flowers flowers-102", "imagelabels.mat"), ("flowers flowers-102", "setid.mat"),
+    ("cars stanford_cars", "devkit/cars_meta.mat"),
+    ("cars stanford_cars", "devkit/cars_train_annos.mat"),
+    ("cars stanford_cars", "cars_test_annos_withlabels.mat")])
+def test_malformed_mat(tmp_path, name, file):
+    root = tmp_path / miniature(tmp_path, name).home
+    raw, other = (root / file).read_bytes(), mat(matrix([1, 2], "something"))
+    for bad in (raw[:len(raw) * 2 // 3], raw[:60], b"", b"<html>404</html>" * 20, other):
+        written(root / file, bad)
+        assert Path(file).name in refuses(root)
+    (root / file).unlink()          # flowers: a flat folder then; cars: not two classes of folders
+    message = refuses(root)
+    assert Path(file).name in message or "flowers" in name and "--classes" in message
+
+
+@pytest.mark.parametrize("folder, files, lists", [
+    ("oxford_pets", ["images/Abyssinian_1.jpg", "images/Bengal_1.jpg"], "annotations"),
+    ("oxford_flowers", ["jpg/image_00001.jpg"], "imagelabels.mat"),
+    ("flowers-102", ["jpg/image_00001.jpg"], "imagelabels.mat"),
+    ("fgvc_aircraft", ["images/0000001.jpg"], "variants.txt"),
+    ("stanford_cars", ["cars_train/00001.jpg", "cars_test/00001.jpg"], "devkit")])
+def test_known_set_without_any_list(tmp_path, folder, files, lists):
+    draw(tmp_path / folder, files)                      # the images alone say no class
+    for path in (tmp_path / folder, tmp_path):
+        message = refuses(path)
+        assert lists in message or "--classes" in message
+
+
+@pytest.mark.parametrize("which", COOP)
+def test_split_without_images(tmp_path, which):
+    folder, split, images = COOP[which][:3]
+    coop(tmp_path, which)
+    for place in [images] if images else ["cars_train", "cars_test"]:
+        (tmp_path / folder / place).rename(tmp_path / f".away_{place.strip('/')}")
+    for path in (tmp_path / folder, tmp_path):
+        message = refuses(path).split("Expected one of")[0]     # that part names every split file
+        assert f"split_zhou_{split}.json" in message or "is missing" in message
 
 
 @pytest.mark.parametrize("text, says", [
     ("{", "line 1 column 2"), ("[]", "expected {"), ('{"train": 3}', "train[0]"),
-    ("{}", "0 classes"),
+    ("{}", "0 classes"), ('{"train": [], "train": []}', "'train' is given twice"),
     ('{"train": [["a.jpg", 0, "a"], ["b.jpg", "1", "b"]]}', "train[1]: expected [path, label"),
     ('{"train": [["a.jpg", 0, "a"], ["b.jpg", 2, "b"]]}', "without a gap"),
     ('{"train": [["a.jpg", 0, "a"], ["b.jpg", 0, "b"]]}', "both a and b"),
     ('{"train": [["a.jpg", 0, "a"]], "test": [["c.jpg", 5, "c"]]}', "labels [0, 5]"),
 ])
 def test_data_malformed_split(tmp_path, text, says):
-    pets(tmp_path, split=False)
-    (tmp_path / "split_zhou_OxfordPets.json").write_text(text)
+    pets(tmp_path, "oxford_pets")
+    written(tmp_path / "oxford_pets" / "split_zhou_OxfordPets.json", text)
     message = refuses(tmp_path)
     assert message.startswith("split_zhou_OxfordPets.json") and says in message
-    assert "\n" not in message
 
 
 def test_data_split_names_missing_files(tmp_path, capsys):
-    pets(tmp_path)
+    coop(tmp_path, "pets")
     for k in range(2):
-        (tmp_path / "images" / f"Bengal_{k}.jpg").unlink()
-    d = data.load(tmp_path)
-    assert len(d.train) == 7 and len(d.class_names) == 3
-    err = capsys.readouterr().err
-    assert "warning: 2 of 15 images missing, skipped: images/Bengal_0.jpg" in err
-    (tmp_path / "images").rename(tmp_path / "elsewhere")
-    assert "none of 9 training images can be read: images/" in refuses(tmp_path)
-    assert "is missing" in refuses(tmp_path)
+        (tmp_path / "oxford_pets" / "images" / f"Bengal_{k}.jpg").unlink()
+    d = data.load(tmp_path / "oxford_pets")
+    assert len(d.train) == 4 and len(d.class_names) == 3
+    assert ("warning: 2 of 9 images missing, skipped: images/Bengal_0.jpg (is missing)"
+            in capsys.readouterr().err)
 
 
 def test_data_unknown_split_is_no_random_split(tmp_path):
     class_folders(tmp_path)
-    (tmp_path / "split_zhou_Unheard.json").write_text("{}")
+    written(tmp_path / "split_zhou_Unheard.json", "{}")
     assert "split_zhou_Unheard.json" in refuses(tmp_path)
+
+
+def test_names_of_numbered_classes(tmp_path):
+    root = tmp_path / flowers(tmp_path, "oxford_flowers").home
+    names = {str(k): f"flower_{k}" for k in range(1, 103)}          # CoOp's: not 0, 1, 10, 100
+    written(root / "cat_to_name.json", dict(sorted(names.items())))
+    doubles = [float(k) for k in data.read_mat(root / "imagelabels.mat")["labels"]]
+    write_mat(root / "imagelabels.mat", labels=doubles)
+    d = data.load(root)
+    assert d.class_names == [f"flower {k}" for k in range(1, 103)]
+    assert d.train.y_true.tolist() == [doubles[int(name[-9:-4]) - 1] - 1 for name in d.train.names]
+    written(root / "cat_to_name.json", {"1": "rose", "2": "lily"})
+    assert "labels from 0 to 101, but there are 2 classes" in refuses(root)
+    for bad in ({"0": "rose", "1": "lily"}, [["rose"]]):
+        written(root / "cat_to_name.json", bad)
+        assert refuses(root).startswith("cat_to_name.json: expected")
+    cifar(tmp_path / "cifar10", 10)
+    (tmp_path / "cifar10" / "batches.meta").unlink()
+    assert "--classes" in refuses(tmp_path / "cifar10")
+    assert data.load(tmp_path / "cifar10", CIFAR10).class_names == CIFAR10
+    assert "labels from 0 to 9, but there are 2 classes" in refuses(tmp_path / "cifar10", "a,b")
+
+
+def test_tiny_imagenet_as_it_comes(tmp_path):
+    wnids, root = ["n01443537", "n01629819"], tmp_path / "tiny-imagenet-200"
+    for w in wnids:
+        picture(root / "train" / w / "images" / f"{w}_0.JPEG")
+    for k in range(3):
+        picture(root / "val" / "images" / f"val_{k}.JPEG")
+        picture(root / "test" / "images" / f"test_{k}.JPEG")
+    written(root / "wnids.txt", wnids[::-1])
+    written(root / "words.txt", ["n01443537\tgoldfish, Carassius auratus", "n01629819\tsalamander"])
+    written(root / "val" / "val_annotations.txt", [
+        f"val_{k}.JPEG\t{w}\t0\t32\t44\t62" for k, w in enumerate([*wnids, wnids[0]])])
+    d = data.load(tmp_path)
+    assert d.class_names == ["goldfish", "salamander"] and d.title == "Tiny-ImageNet"
+    assert d.train.y_true.tolist() == [0, 1] and d.test.y_true.tolist() == [0, 1, 0]
+    assert d.test.names[2] == "tiny-imagenet-200/val/images/val_2.JPEG"
+    written(root / "val" / "val_annotations.txt", ["val_0.JPEG\tn99999999\t0"])
+    assert "labels from -1" in refuses(tmp_path)
+
+
+def test_wordnet_ids(tmp_path):
+    wnids = ["n01440764", "n02102040", "n02979186"]     # of Imagenette
+    other = ["n01443537", "n01629819", "n01641577"]     # of Tiny-ImageNet
+    for name, folders in (("imagenette2", wnids), ("tiny", other)):
+        class_folders(tmp_path / name / "train", 2, folders)
+        class_folders(tmp_path / name / "val", 1, folders[:2])
+    d = data.load(tmp_path / "imagenette2")
+    assert d.class_names == ["tench", "English springer", "cassette player"]
+    assert d.title == "Imagenette" and d.test.y_true.tolist() == [0, 1]
+    tiny, words = tmp_path / "tiny", tmp_path / "tiny" / "words.txt"
+    for classes in (None, "a,b"):
+        message = refuses(tiny, classes)
+        assert "classnames.txt" in message and "n01443537" in message and "3 classes" in message
+    assert data.load(tiny, "fish,amphibian,frog").class_names == ["fish", "amphibian", "frog"]
+    written(words, ["n00001740\tentity", "n01443537\tgoldfish, Carassius auratus",
+                    "n01629819\tEuropean fire salamander, Salamandra salamandra", "n01641577\tbull"
+                    "frog, Rana catesbeiana"])
+    names = ["goldfish", "European fire salamander", "bullfrog"]
+    assert data.load(tiny).class_names == names
+    written(tiny / "classnames.txt", ["n01443537 gold fish"])       # lacks two: not used
+    assert data.load(tiny).class_names == names
+
+
+# ======== data.py: own folders, loading ========
 
 
 @pytest.mark.parametrize("test", ["test", "val"])
@@ -742,8 +1385,8 @@ def test_data_missing_empty_unknown(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     assert "no images in a known layout" in refuses(tmp_path, "a,b")
     for name in "pq":
-        pets(tmp_path / name)
-    assert "several data sets, give one: p, q" in refuses(tmp_path)
+        coop(tmp_path / name, "pets")
+    assert "several data sets, give one: p/oxford_pets, q/oxford_pets" in refuses(tmp_path)
 
 
 def test_data_unreadable_named_and_skipped(tmp_path, capsys):
@@ -861,15 +1504,599 @@ def test_data_undecodable_file_name(tmp_path):
     assert d.train.names == ["caf\\udce9.png"] and d.train.image(0).size == (8, 8)
 
 
+def test_data_flat_folder_is_one_set(tmp_path):
+    draw(tmp_path / "photos", [f"{k}.jpg" for k in range(5)])
+    d = data.load(tmp_path, "a,b")                      # the only folder with images
+    assert d.train is d.test and d.train.y_true is None
+    assert d.train.names == [f"photos/{k}.jpg" for k in range(5)]
+    assert "in photos/: flat folder, unlabelled, train = test" in d.description
+    class_folders(tmp_path / "labelled")
+    picture(tmp_path / "labelled" / "cat" / "000.png", size=(7, 9))
+    train = data.load(tmp_path / "labelled").train
+    want = [i for i, name in enumerate(train.names) if name.startswith(("dog", "cat/000"))][::-1]
+    few = train.subset(want)
+    assert few.names == [train.names[i] for i in want] and len(few) == 2
+    assert few.y_true.tolist() == train.y_true[want].tolist() == [2, 1]
+    assert few.sizes[-1] == (7, 9) and few.sizes == [few.image(i).size for i in range(len(few))]
+    assert d.train.subset([3]).names == ["photos/3.jpg"] and d.train.subset([3]).y_true is None
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_data_subset_by_a_tensor(n):
+    images = data.Images(["a", "b", "c", "d"], [3, 2, 1, 0])
+    few = images.subset(torch.tensor([2, 0, 1][:n]))
+    assert few.names == ["c", "a", "b"][:n] and few.y_true.tolist() == [1, 3, 2][:n]
+
+
+def test_data_too_many_to_open(tmp_path, capsys, monkeypatch):
+    draw(tmp_path, [f"{k}.jpg" for k in range(5)])
+    written(tmp_path / "3.jpg", b"x")
+    monkeypatch.setattr(data, "CHECKED", 3)
+    monkeypatch.setattr(data, "decode", None)
+    d = data.load(tmp_path, "a,b")                      # opens none
+    monkeypatch.undo()
+    assert d.train.sizes is None and d.train.subset([1]).sizes is None
+    views = data.transforms(16)
+    assert "anew" in data.keep_decoded(d, views, 1)
+    capsys.readouterr()
+    batches, grey = data.loader(d.train.view(views[0]), 2), Image.new("RGB", (16, 16), "grey")
+    x = torch.cat([x for x, _ in batches])
+    assert torch.equal(x[3], clip_files._transform(16)(grey)) and not torch.equal(x[2], x[3])
+    assert capsys.readouterr().err == "warning: grey instead of 3.jpg: not an image\n"
+    list(batches)
+    assert capsys.readouterr().err == ""                # once is enough
+
+
+def test_data_lists_20_000_files_in_seconds(ram, monkeypatch):
+    link(ram, [f"class {k % 100:02d}/{k}.jpg" for k in range(20_000)])
+    monkeypatch.setattr(data, "CHECKED", 3)
+    start = time.perf_counter()
+    d = data.load(ram)
+    assert time.perf_counter() - start < 3
+    assert len(d.train) + len(d.test) == 20_000 and len(d.class_names) == 100
+    for images in (d.train, d.test):
+        assert all(int(Path(name).stem) % 100 == y and name.startswith(f"{d.class_names[y]}/")
+                   for name, y in zip(images.names, images.y_true.tolist()))
+
+
+def test_data_templates(tmp_path, drawn, capsys):
+    coop(tmp_path, "pets")
+    d = data.load(tmp_path, template="ensemble")
+    assert len(set(d.templates)) == 8 and d.templates == [PET, *data.ENSEMBLE]
+    assert d.description.endswith(f'"{PET}" and 7 more templates')
+    d = data.load(tmp_path, template="a sketch of {}?")
+    assert d.templates == ["a sketch of {}?"] and '"a sketch of {}?"' in d.description
+    for bad in ("no braces", "{} {}", "{x}", "{} {x}", "{}}", "{0}", ""):
+        message = refuses(tmp_path, None, bad)
+        assert message.startswith(f"--template {bad!r}: expected `ensemble` or a text with one {{")
+    save_pictures(tmp_path / "own", drawn)
+    args = ["--data", tmp_path / "own", *FOLDER, "--max-steps", 1, "--epochs2", 0, "--template"]
+    assert run(tmp_path / "one", *args, data.TEMPLATE) == 0
+    assert run(tmp_path / "many", *args, "ensemble") == 0
+    assert f'"{data.TEMPLATE}" and 7 more templates' in capsys.readouterr().out
+    assert read(tmp_path / "many")[2]["templates"] == [data.TEMPLATE, *data.ENSEMBLE]
+    assert read(tmp_path / "one")[1] != read(tmp_path / "many")[1]
+
+
+def test_data_label_order(tmp_path, drawn, capsys):
+    def warned(title, C, accuracy):
+        data.check_label_order(data.Data(None, None, [""] * C, [], "", title), accuracy)
+        return capsys.readouterr().err
+    line = warned("Oxford Pets", 37, 3.0)
+    assert line.startswith("warning: 3.0 % zero-shot on Oxford Pets is too little for 37 classes")
+    assert line.count("\n") == 1 and not warned("Oxford Pets", 37, 15.0)
+    assert not warned(None, 37, 3.0) and not warned("Oxford Pets", 37, None)
+    assert not warned("EuroSAT", 10, 38.0) and warned("EuroSAT", 10, 20.0)
+    save_pictures(tmp_path / "pets", drawn, "images/train{i}.png", "images/test{i}.png")
+    for shift in (0, 1):                                # names of the next class
+        names = shapes.SHAPES[shift:] + shapes.SHAPES[:shift]
+        written(tmp_path / "pets" / "split_zhou_OxfordPets.json", {
+            part: [[f"{part}{i}.png", k, names[k]] for i, k in enumerate(drawn[part][1])]
+            for part in drawn})
+        assert run(tmp_path / f"out{shift}", "--data", tmp_path / "pets", *FOLDER,
+                   "--max-steps", 1, "--epochs2", 0) == 0
+        err = capsys.readouterr().err
+        assert ("warning: " in err and "zero-shot on Oxford Pets is too little" in err) == shift
+
+
+# ---- downloads ----
+
+def pets_class(build):
+    class Fake:                                         # in place of torchvision's OxfordIIITPet
+        def __init__(self, root, download=False):
+            assert download and socket.getdefaulttimeout() == 60
+            build(Path(root))
+    return Fake
+
+
+def test_data_download(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets, "OxfordIIITPet", pets_class(
+        lambda root: pets(root, "oxford-iiit-pet")))
+    socket.setdefaulttimeout(77)
+    try:
+        for name, said in (("oxford_pets", 1), ("oxford_pets", 0), ("oxford-iiit-pet", 0)):
+            d = data.load(tmp_path / "new" / name)
+            assert (len(d.train), len(d.test)) == (6, 3) and d.title == "Oxford Pets"
+            assert capsys.readouterr().out.count("downloading Oxford Pets") == said
+            assert os.listdir(tmp_path / "new") == ["oxford-iiit-pet"]
+        (tmp_path / "bad").mkdir()
+        for kind in (urllib.error.URLError("no route"), RuntimeError("broken\narchive"),
+                     KeyboardInterrupt()):
+            for half in (False, True):
+                def fails(root):
+                    if half:
+                        picture(root / "oxford-iiit-pet" / "images" / "a_1.jpg")
+                    raise kind
+                monkeypatch.setattr(torchvision.datasets, "OxfordIIITPet", pets_class(fails))
+                if isinstance(kind, KeyboardInterrupt):
+                    with pytest.raises(KeyboardInterrupt):
+                        data.load(tmp_path / "bad" / "oxford_pets")
+                else:
+                    message = refuses(tmp_path / "bad" / "oxford_pets")
+                    assert message.startswith("Oxford Pets could not be downloaded (")
+                    assert "\n  oxford_pets/ with split_zhou_OxfordPets.json and images/" in message
+                assert os.listdir(tmp_path / "bad") == []           # nothing is left behind
+                assert socket.getdefaulttimeout() == 77
+    finally:
+        socket.setdefaulttimeout(None)
+    monkeypatch.setattr(torchvision.datasets, "OxfordIIITPet", None)
+    assert "no such folder" in refuses(tmp_path / "stanford_cars")  # nobody offers it any more
+
+
+def test_data_download_by_torchvision(tmp_path, monkeypatch, capsys):
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+    pets(tmp_path, "made")
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path))
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+    resources = []
+    for part in ("images", "annotations"):
+        with tarfile.open(tmp_path / f"{part}.tar.gz", "w:gz") as tar:
+            tar.add(tmp_path / "made" / part, part)
+        resources.append([f"http://127.0.0.1:{httpd.server_port}/{part}.tar.gz", hashlib.md5(
+            (tmp_path / f"{part}.tar.gz").read_bytes()).hexdigest()])
+    monkeypatch.setenv("no_proxy", "*")
+    kind = torchvision.datasets.OxfordIIITPet
+    monkeypatch.setattr(kind, "_RESOURCES", [resources[0], [resources[1][0], "0" * 32]])
+    assert "could not be downloaded" in refuses(tmp_path / "x" / "oxford_pets")     # wrong MD5
+    assert os.listdir(tmp_path / "x") == []
+    monkeypatch.setattr(kind, "_RESOURCES", resources)
+    d = data.load(tmp_path / "x" / "oxford_pets")
+    httpd.shutdown()
+    httpd.server_close()
+    assert d.class_names == spaces(PETS.values()) and (len(d.train), len(d.test)) == (6, 3)
+    assert os.listdir(tmp_path / "x") == ["oxford-iiit-pet"]
+
+
+# ---- decoded images, kept; batches ----
+
+SIZES = [(300, 200), (20, 15), (200, 3), (3, 200), (40, 64), (37, 37), (37, 90), (31, 32), (1, 1)]
+
+
+@pytest.fixture
+def odd_sizes(tmp_path):
+    for k, size in enumerate(SIZES):
+        picture(tmp_path / "odd" / "train" / f"{k}.jpg", k, size)
+        picture(tmp_path / "odd" / "test" / "ab"[k % 2] / f"{k}.jpg", k + 5, size)
+    return tmp_path / "odd"
+
+
+def two_epochs(root, gb, workers=0):
+    """(what `keep_decoded` says, all tensors of two epochs in order, the data)."""
+    found = data.load(root)
+    test, weak, strong = views = data.transforms(32)
+    line, tensors = data.keep_decoded(found, views, gb), []
+    for view, shuffle in ((found.test.view(test), False), (found.train.view(weak, strong), True),
+                          (found.train.view(test), False)):
+        batches = data.loader(view, 4, shuffle=shuffle, workers=workers)
+        tensors += [x for _ in range(2) for batch in batches for x in batch]
+    return line, tensors, found
+
+
+def test_data_kept_pixels(odd_sizes, tmp_path, monkeypatch):
+    decoded, decode, free = [], data.decode, data.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(data, "decode", lambda path, draft=False: (
+        draft or decoded.append(path), decode(path, draft))[1])
+    (tmp_path / "temp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))
+    line, want, found = two_epochs(odd_sizes, 0)
+    assert line == "images are decoded anew each time" and found.train.kept is None
+    assert len(decoded) == 6 * len(SIZES)               # three views, two epochs
+    for gb, disk, says in ((1, 1, "are kept in 0.0 GB of memory"),
+                           (1e-9, 1, "are kept in 0.0 GB of disk space"),
+                           (1e-9, 0, "are decoded anew each time")):
+        monkeypatch.setattr(data.shutil, "disk_usage", lambda _: free._replace(free=disk << 30))
+        for workers in (0, 2):
+            decoded.clear()
+            line, tensors, found = two_epochs(odd_sizes, gb, workers)
+            assert says in line, line
+            assert len(tensors) == len(want) and all(map(torch.equal, tensors, want))
+            sent = pickle.loads(pickle.dumps(found.train))          # as to a spawned process
+            assert sent.kept is None and sent.names == found.train.names
+            if workers == 0 and "kept" in line:         # each file once
+                assert sorted(decoded) == sorted({*decoded}) and len(decoded) == 2 * len(SIZES)
+                assert os.listdir(tmp_path / "temp") == []
+    demo = data.load("demo")
+    assert data.keep_decoded(demo, data.transforms(32), 1) == "the images are in memory"
+
+
+def test_data_short_side_is_never_enlarged():
+    short = data.transforms(32)[1].prepare              # 37 = 32 * 256 / 224
+    for w, h in SIZES:
+        x = short(Image.new("RGB", (w, h)))             # (H, W, 3)
+        assert tuple(x.shape) == (*short.shape(w, h), 3) and min(x.shape[:2]) == min(w, h, 37)
+        assert x.shape[0] / x.shape[1] == pytest.approx(h / w, rel=0.02)
+
+
+@pytest.mark.parametrize("gb", [0, 1, 1e-9])
+def test_data_test_tensors_are_clips(odd_sizes, gb):
+    found, preprocess = data.load(odd_sizes), clip_files._transform(32)
+    views = data.transforms(32)
+    data.keep_decoded(found, views, gb)
+    for images in (found.train, found.test):
+        for _ in range(2):                              # decoded, then kept
+            for x, index in data.loader(images.view(views[0]), 4):
+                for k, i in enumerate(index):
+                    assert torch.equal(x[k], preprocess(images.image(i))), images.names[i]
+
+
+def test_data_batches_are_not_overwritten(tmp_path):
+    draw(tmp_path, [f"{k}.png" for k in range(16)])
+    view = data.load(tmp_path, "a,b").train.view(*data.transforms(16)[1:])
+    loader = data.loader(view, 2, shuffle=True)
+    for hold in (lambda x: x, lambda x: x[0], lambda x: x.numpy(), lambda x: x.flatten()[5:9],
+                 lambda x: x[1:].permute(0, 2, 3, 1)):
+        batches = iter(loader)
+        held = [hold(x) for x in next(batches)[:2]]     # of both views, and nothing else
+        before = [torch.as_tensor(x).clone() for x in held]
+        for _ in range(5):
+            x = next(batches)
+        assert all(torch.equal(torch.as_tensor(x), y) for x, y in zip(held, before))
+    w, batches = torch.ones(3, 1, 1, requires_grad=True), iter(loader)
+    x = next(batches)[0]
+    want, loss = x.sum(dim=(0, 2, 3)), (x * w).sum()    # autograd holds x
+    del x
+    assert len(list(batches)) == 7
+    loss.backward()
+    assert torch.allclose(w.grad.flatten(), want, atol=1e-4)
+    loader = data.loader(view, 2, shuffle=True)
+    for _ in range(3):                                  # the memory is used again
+        for x_weak, x_strong, _ in loader:
+            pass
+    assert len(loader.memory) <= 4
+    for _ in range(2):
+        assert len({x.data_ptr() for x, *_ in list(loader)}) == 8
+
+
+# ======== data.py: .mat files, LLM-written prompts, candidate labels ========
+
+
+def mutants(raw, n):
+    """n variants of the bytes: some cut short, some with up to eight other bytes."""
+    rng = random.Random(0)
+    for _ in range(n):
+        new = bytearray(raw[:rng.randrange(len(raw))] if rng.random() < 0.3 else raw)
+        for _ in range(rng.choice([0, 1, 1, 2, 8])):
+            if new:
+                at = rng.randrange(len(new))
+                new[at:at + rng.randrange(2)] = rng.choice([b'"', b",", b"[", b"\n", b"\xff", b"9",
+                                                            bytes([rng.randrange(256)])])
+        yield bytes(new)
+
+
+# scipy.io.savemat of labels, class_names, annotations and x below, compressed
+GOLDEN_MAT = base64.b64decode(
+    "TUFUTEFCIDUuMCBNQVQtZmlsZSBQbGF0Zm9ybTogcG9zaXgsIENyZWF0ZWQgb246IFN1biBOb3YgMjIgMDI6MDc6Mz"
+    "kgMjAyNgAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAABSU0PAAAALwAA"
+    "AHic42NgYLAAYjYg5gBiTgYIYIXyGYGYGUqD1OQkJqXmFDMwMAFFfRnTGAA7fgOiDwAAAHYAAAB4nONjYGDgYGRgYA"
+    "PRQAxkggErEp8ZSnMDcXJOYnFxfF5ibmoxWB0fEAcwIPSzYNEvhWSuAJTv6KvgnpqXWpSYo+BRmpubWqQQHBqmYGRg"
+    "YMAAN9eAgLmMKOYyMRxeCdFnQUAfO5p7QPygxFwFZ/0wBgDFFBH1DwAAAI4AAAB4nONjYGB4wMjAwAakOYCYiQECWK"
+    "F8RqgYiOYG4sS8vPySxJLM/LxiqDoWuDoJIE5Kyq+IrzBkSM5JLAapSMtLzE0F0nxAbMGAsIcPiz0wDAI8UHF1KB+k"
+    "3gBJPycB/UxAFh9UnwOSPhYs+jiR9AlA+QZAYKiXVZCOZD857tdhJN/9zBS63wjJ/QC1lhToDwAAACwAAAB4nONjYG"
+    "BwAGI2IOaA0iDACuUzAjETmGZkqADSnEAswAADP+yhjAMAOMUC/Q==")
+
+
+def test_mat(tmp_path):
+    found = data.read_mat(written(tmp_path / "f.mat", GOLDEN_MAT))
+    assert found == {"labels": [77, 1, 102], "x": [1.5, -2.0],
+                     "class_names": ["AM General Hummer SUV 2000", "é", "Ram C/V"],
+                     "annotations": [{"bbox_x1": [39], "class": [14], "fname": "00001.jpg"},
+                                     {"bbox_x1": [300], "class": [3], "fname": "00002.jpg"}]}
+    assert all(type(k) is int for k in found["labels"])
+    numbers = {1: (-1, 2), 2: (1, 255), 3: (-300, 2), 4: (1, 65535), 5: (-70000, 2),
+               6: (1, 2**32 - 1), 7: (0.5, -2), 9: (0.1, 2), 12: (-2**40, 2), 13: (1, 2**64 - 1)}
+    arrays = [array(f"v{k}", 6, (1, 2), element(k, struct.pack(f"<2{data.MAT_NUMBERS[k]}", *v)))
+              for k, v in numbers.items()]
+    texts = {16: "né".encode(), 17: "né".encode("utf-16-le"), 4: "né".encode("utf-16-le"),
+             2: b"n\xe9"}
+    arrays += [array(f"t{k}", 4, (1, 2), element(k, raw)) for k, raw in texts.items()]
+    arrays += [array("none", 6, (0, 0), b""), array("cells", 1, (1, 2),
+                                                    element(14, b"") + matrix([7, 200]))]
+    for pack in (bytes, compressed):
+        found = data.read_mat(written(tmp_path / "f.mat", mat(*map(pack, arrays))))
+        assert all(found[f"v{k}"] == list(v) for k, v in numbers.items())
+        assert all(found[f"t{k}"] == "né" for k in texts)
+        assert found["none"] == [] and found["cells"] == [[], [7, 200]]
+
+
+def test_mat_errors(tmp_path):
+    path, deep, two = tmp_path / "f.mat", matrix(7), element(2, b"\7\7")
+    for _ in range(1500):
+        deep = array("", 1, (1, 1), deep)
+    for raw, why in (
+            (b"", "expected version 5 to 7"), (b"\x89HDF" * 99, "save with -v7"),
+            (mat(version=b"\1\0MI"), "little-endian"), (mat(version=b"\0\2IM"), "version 5 to 7"),
+            (mat(deep), "recursion"), (mat(compressed(bytes(70 << 20))), "more than 64 MB"),
+            (mat(compressed(matrix([1] * 99))[:-9]), "more bytes, got"),
+            (mat(array("x", 6, (1, 3), element(9, bytes(16)))), "expected 3 numbers, got 2"),
+            (mat(array("x", 2, (2**30, 4), b"")), "with 4294967296 elements is not read"),
+            (mat(array("x", 5, (1, 1), two)), "class 5"),           # sparse
+            (mat(array("x", 6, (1, 2), two, flags=8)), "class 6"),  # complex
+            (mat(array("x", 8, (2, 1), two))[:-9], "expected 48 more bytes, got 39"),
+            (mat(array("x", 1, (1, 1), b"")), "ends too early"),
+            (mat(element(9, bytes(8))), "expected an array (type 14), got type 9")):
+        message = refuses(written(path, raw), by=data.read_mat)
+        assert message.startswith("f.mat: not a readable .mat file: ") and why in message, message
+    plain = mat(matrix([{"a": [7, 200], "b": "hi"}], "s"))
+    assert data.read_mat(written(path, plain)) == {"s": [{"a": [7, 200], "b": "hi"}]}
+    for raw in (*mutants(plain, 200), *mutants(GOLDEN_MAT, 200)):
+        try:
+            data.read_mat(written(path, raw))
+        except data.DataError as e:
+            assert len(str(e).splitlines()) == 1
+
+
+CLASSES = ["abyssinian", "Bengal cat", "beagle"]
+
+
+def test_match_keys():
+    def match(names, *keys):
+        return data.match_keys(names, dict.fromkeys(keys).keys(), "f")
+    # the same string, then any case and _, then the same words, then an alias
+    assert match(["a_b", "B a", "x"], "A b", "b_A", "a_b") == {"a_b": "a_b", "B a": "b_A"}
+    assert match(["dog house", "house dog"], "dog house") == {"dog house": "dog house"}
+    for a, b in (("outdoor apartment_building", "apartment building (outdoor)"),
+                 ("2000 AM General Hummer SUV", "AM General Hummer SUV 2000"),
+                 ("yin_yang", "yin and yang symbol"), ("Handstand_Pushups", "Hand Stand Pushups"),
+                 ("face", "centered face"), ("Sea or Lake", "lake or sea"), ("e\u0301", "\xe9"),
+                 ("Ram C/V Cargo Van Minivan 2012", "Ram CV Cargo Van Minivan 2012"),
+                 ("Herbaceous Vegetation Land", "brushland or shrubland")):
+        assert match([a], b) == {a: b} and match([b], a) == {b: a}
+    assert match(["?"], "!") == {}                      # no word in common
+    assert match(["missile", "missile"], "missile") == {"missile": "missile"}
+    assert refuses(["a b"], {"a B": 0, "A b": 0}.keys(), "f", by=data.match_keys) == (
+        "f: class 'a b' fits two keys: 'A b', 'a B'")
+    assert refuses(["C++", "C#"], {"c": 0}.keys(), "f", by=data.match_keys) == (
+        "f: key 'c' fits two classes: 'C#' and 'C++'")
+    assert all(len(group) > 1 for group in data.ALIASES)
+    assert sum(map(len, data.ALIASES)) == len(set().union(*data.ALIASES))
+
+
+@pytest.mark.parametrize("name, classes, each", [
+    ("demo", 10, 10), ("oxford_pets", 37, 10), ("eurosat", 10, 10), ("dtd", 47, 10),
+    ("cifar10", 10, 10), ("cifar100", 100, 5), ("oxford_flowers", 102, 5), ("food-101", 101, 5),
+    ("caltech-101", 100, 5), ("ucf101", 101, 5), ("fgvc_aircraft", 100, 5)])
+def test_our_prompts(name, classes, each):
+    table = json.loads((Path(data.__file__).parent / "prompts" / f"{name}.json").read_text())
+    assert len(table) == classes and {len(texts) for texts in table.values()} == {each}
+    texts = [text for group in table.values() for text in group]
+    assert len({text.lower() for text in texts}) == len(texts)      # each written for its class
+    clip.tokenize(texts)                                            # each fits into 77 tokens
+    assert all(7 <= len(text.split()) <= 30 and text.endswith(".") for text in texts)
+    openings = {tuple(text.lower().split()[:4]) for text in texts}
+    assert len(openings) > 0.8 * len(texts)                         # no fill-in template
+    if name in ("demo", "oxford_flowers"):
+        known = {"demo": shapes.SHAPES, "oxford_flowers": " ".join(data.FLOWERS.split()).split(", ")}
+        assert list(table) == list(known[name])
+
+
+def test_prompts_of_a_file(tmp_path, capsys):
+    long = " ".join(f"word{k}" for k in range(60))      # two or three tokens each
+    path = written(tmp_path / "f.json", "\ufeff" + json.dumps({
+        "Abyssinian": ["  a\n slim  cat ", "", "a slim cat", "a \ud800 cat"],
+        "bengal_cat": [long, f"{long} x"], "beagle": [" "], "poodle": ["x"]}))
+    prompts, line = data.load_prompts(path, [*CLASSES, "abyssinian"], "a {}.")
+    assert prompts[0] == prompts[3] == ["a slim cat", "a \\ud800 cat"]
+    assert prompts[2] == ["a beagle."] and len(prompts[1]) == 1
+    n = len(prompts[1][0].split())                      # as many words as fit into 77 tokens
+    assert long.startswith(prompts[1][0]) and n > 20
+    with pytest.raises(RuntimeError, match="too long"):
+        clip.tokenize(" ".join(long.split()[:n + 1]))
+    assert line == ("f.json: 1 to 2 sentences for 3 of 4 classes, 2 of them cut to 77 tokens, "
+                    "1 of 4 keys fit no class")
+    assert capsys.readouterr().err == (
+        f'warning: {path} has no sentences for 1 of 4 classes, they get "a {{}}.": beagle\n')
+    written(path, [["a"], ["b", "b", "c"], []])         # in label order
+    prompts, line = data.load_prompts(path, CLASSES, "{}")
+    assert prompts == [["a"], ["b", "c"], ["beagle"]]
+    assert line == "f.json: 1 to 2 sentences for 2 of 3 classes"
+    written(path, [["x" * 9000 + " y"], ["b"], ["c"]])  # nothing of it fits
+    assert data.load_prompts(path, CLASSES, "{}")[0][0] == ["abyssinian"]
+
+
+def test_prompt_errors(tmp_path):
+    path = tmp_path / "f.json"
+    for content, why in (
+            (b'{"a": ["\xff"]}', "f.json: expected UTF-8 text"),
+            ('{"a":\n [1 2]}', "f.json is not valid JSON: Expecting ',' delimiter: line 2 column"),
+            ("[" * 99999, "f.json is not valid JSON: "), ("3", "f.json: expected {class name: "),
+            ('{"a": ["x"], "a": ["y"]}', "f.json is not valid JSON: key 'a' is given twice"),
+            ({"a\n": "x"}, r"f.json: 'a\n': expected a list of strings, got "),
+            ({"beagle": ["x", None]}, "f.json: 'beagle'[1]: expected a string, got null"),
+            ([["x"], {}, []], "f.json: 1: expected a list of strings, got {}"),
+            ([["x"], [True]], "f.json: 1[0]: expected a string, got true"),
+            ([["x"]], "f.json: expected 3 lists, one for each class, got 1"),
+            ({}, "f.json: no sentences for classes like 'abyssinian'; its keys: none"),
+            ([[], [], [""]], "f.json: no sentences for classes like 'abyssinian'"),
+            ({"x": ["y"]}, "f.json: no sentences for classes like 'abyssinian'; its keys: 'x'")):
+        message = refuses(written(path, content), CLASSES, "{}", by=data.load_prompts)
+        assert why in message, message
+    assert "No such file" in refuses(tmp_path / "no", CLASSES, "{}", by=data.load_prompts)
+    assert str(tmp_path) in refuses(tmp_path, CLASSES, "{}", by=data.load_prompts)
+
+
+def test_drawn_candidates():
+    N, C, q = 4000, 10, 0.3
+    y, before = torch.arange(N) % C, torch.get_rng_state()
+    sets = data.flip_candidates(y, C, q, 1)
+    assert sets.shape == (N, C) and sets.dtype == torch.bool and sets[torch.arange(N), y].all()
+    wrong = torch.ones(N, C, dtype=torch.bool).scatter(1, y[:, None], False)
+    assert abs(sets[wrong].float().mean() - q) < 0.01               # its deviation is 0.0024
+    assert torch.equal(sets, data.flip_candidates(y, C, q, 1))
+    assert not torch.equal(sets, data.flip_candidates(y, C, q, 2))
+    assert data.flip_candidates(y, C, 1, 0).all() and data.flip_candidates(y, C, 0, 0).sum() == N
+    for p in (torch.full((N, C), 0.1), F.one_hot(y, C).float()):    # no preference, nothing left
+        assert torch.equal(sets, data.hard_candidates(p, y, q, 1))
+    p = torch.tensor([0.4, 0.3, 0.2, 0.1]).repeat(N, 1)             # y = 0: q (C-1) p / 0.6
+    zeros = torch.zeros(N, dtype=torch.long)
+    share = data.hard_candidates(p, zeros, 0.5, 0).float().mean(dim=0)
+    assert share[0] == 1 and (share - torch.tensor([1, 0.75, 0.5, 0.25])).abs().max() < 0.035
+    capped = data.hard_candidates(p, zeros, 0.9, 0).float().mean(dim=0)
+    assert capped[1] == 1 and abs(capped[2] - 0.9) < 0.03           # 1.35 is capped at 1
+    assert torch.equal(before, torch.get_rng_state())
+    for bad in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"q in \[0, 1\]"):
+            data.flip_candidates(y, C, bad, 0)
+    three = torch.tensor([[1, 0, 0], [1, 1, 1], [0, 1, 0]]).bool()
+    assert data.describe_candidates(three) == "1.7 candidate labels an image (1 to 3)"
+    assert data.describe_candidates(three, torch.tensor([0, 2, 0])).endswith(
+        ", the true one among them for 66.67 %")
+
+
+PHOTOS = data.Images(["cat/1.jpg", "dog/1.jpg", "dog/2.jpg", "x/3.jpg"], [1, 0, 1, 0])
+CSV = ("\ufeffImage,labels\r\n./cat\\1.jpg,bengal_CAT|2\r\n\r\ndog/1.jpg,0,beagle,\r\n"
+       '"far/3.jpg",1;2;\r\n')
+
+
+@pytest.mark.parametrize("content, classes, want, says", [
+    (CSV + "dog/9.jpg,0", CLASSES, "011 101 111 011", "; 1 of 4 images have no entry: all classes"
+     "; entries of images not here: 1"),
+    (CSV.replace(",", ";"), CLASSES, "011 101 111 011", "; 1 of 4 images have no entry"),
+    ("path,Beagle,abyssinian,bengal cat\n1.jpg,1,1,1\ndog/2.jpg,0,1,0\n3.jpg,1,0,1", CLASSES,
+     "111 111 100 011", "(1 to 3), the true one among them for 50.00 %; 2 of 4"),
+    ({"cat/1.jpg": [1, "beagle"], "dog/1.jpg": ["2", "ABYSSINIAN"], "3.jpg": [1, 2],
+      "./dog/2.jpg": [0, 1, 2]}, CLASSES, "011 101 111 011",
+     "2.2 candidate labels an image (2 to 3), the true one among them for 75.00 %"),
+    ("dog/1.jpg,2\n1.jpg,0", ["2", "1", "0"], "111 100 111 111", "entries of images not here: 1"),
+    ("3.jpg,missile", ["missile", "a", "missile"], "111 111 111 101", ""),  # both of the name
+    ({"dog/1.jpg": [0], "dog/2.jpg": ["1"], "x/3.jpg": [1]}, ["1", "a"], "11 10 10 01", ""),
+    ("dog/1.jpg,a|b\nfile,0\nu/3.jpg,1\nv/3.jpg,a", ["a|b", "1", "a"], "111 100 111 111",
+     "entries of images not here: 3"),               # `file` later is no header; two 3.jpg
+])
+def test_read_candidates(tmp_path, content, classes, want, says):
+    path = tmp_path / ("f.json" if isinstance(content, dict) else "f.csv")
+    sets, line = data.read_candidates(written(path, content), PHOTOS, classes)
+    assert sets.dtype == torch.bool and says in line and line.startswith(path.name), line
+    assert " ".join("".join(map(str, row)) for row in sets.int().tolist()) == want
+
+
+def test_candidate_errors(tmp_path):
+    for content, why in (
+            ("cat/1.jpg,0\ncat/1.jpg,1", "f.csv line 2: 'cat/1.jpg' occurs twice, with different"),
+            ("path,class\n\ncat/1.jpg, ", "f.csv line 3: expected at least one candidate class"),
+            ('a,0\n"b\nc",0\nd,beagel', "f.csv line 4: unknown class 'beagel', the closest is "
+             "'beagle'"),
+            ("cat/1.jpg,3", "f.csv line 1: expected class indices from 0 to 2, got 3"),
+            ("cat/1.jpg," + "9" * 5000, "f.csv line 1: unknown class '999"),
+            ('cat/1.jpg,"x', "f.csv line 1: not a row of a CSV file"),
+            ("path,beagle,abyssinian\n1.jpg,1", "f.csv line 2: expected 2 cells with 0 or 1"),
+            ("path,beagle,abyssinian\n1.jpg,1,2", "f.csv line 2: expected 2 cells with 0 or 1"),
+            ({"cat/1.jpg": [-1]}, "'cat/1.jpg': expected class indices from 0 to 2, got -1"),
+            ({"cat/1.jpg": [True]}, "f.json: 'cat/1.jpg': unknown class True"),
+            ({"cat/1.jpg": "0"}, "f.json: 'cat/1.jpg': expected a list of classes, got \"0\""),
+            ({"cat/1.jpg": []}, "f.json: 'cat/1.jpg': expected at least one candidate class"),
+            ([[0]], "f.json: expected {image: [class, ...]}, got [[0]]"),
+            ({"1.jpg": [0]}, "f.json: none of its 1 images is among the 4 here; expected names "
+             "like 'cat/1.jpg', got '1.jpg'"),
+            ("", "f.csv: none of its 0 images"), (b"\xff,0", "f.csv: expected UTF-8 text")):
+        path = tmp_path / ("f.csv" if isinstance(content, (str, bytes)) else "f.json")
+        message = refuses(written(path, content), PHOTOS, CLASSES, by=data.read_candidates)
+        assert message.startswith(str(tmp_path)) and why in message, message
+    path = written(tmp_path / "f.json", '{"cat/1.jpg": [0], "cat/1.jpg": [1]}')
+    assert "'cat/1.jpg' is given twice" in refuses(path, PHOTOS, CLASSES, by=data.read_candidates)
+
+
+def test_mutated_text(tmp_path):
+    prompts = {"beagle": ["one dog.", "two " * 90, "a \ud800"], "Bengal_cat": ["a cat"]}
+    sets = {"cat/1.jpg": ["beagle", "Bengal\u2028cat"], "dog/2.jpg": [0, 1]}
+    for content, name, read_file in (
+            (json.dumps(prompts), "p.json", lambda p: data.load_prompts(p, CLASSES, "a {}.")),
+            (json.dumps(sets), "c.json", lambda p: data.read_candidates(p, PHOTOS, CLASSES)),
+            (CSV, "c.csv", lambda p: data.read_candidates(p, PHOTOS, CLASSES))):
+        for raw in mutants(content.encode(), 200):
+            try:
+                assert len(read_file(written(tmp_path / name, raw))) == 2
+            except data.DataError as e:
+                assert len(str(e).splitlines()) == 1
+
+
+def test_few_shot():
+    names = [f"{k % 3}/{k}.jpg" for k in range(30)] + ["3/a.jpg"]
+    y = torch.tensor([k % 3 for k in range(30)] + [3])
+    images, before = data.Images(names, y), random.getstate()
+    picked = data.few_shot(images, 4, 1)
+    assert picked == sorted(set(picked)) and y[picked].bincount().tolist() == [4, 4, 4, 1]
+    other = data.Images(names[::-1], y.flip(0))         # found in another order
+    assert {other.names[i] for i in data.few_shot(other, 4, 1)} == {names[i] for i in picked}
+    assert picked != data.few_shot(images, 4, 2) and data.few_shot(images, 99, 1) == [*range(31)]
+    assert random.getstate() == before
+    assert "no labels" in refuses(data.Images(names), 4, 1, by=data.few_shot)
+
+
+# ======== data.py: python data.py ========
+
+
 def test_data_main(tmp_path, capsys):
-    class_folders(tmp_path)
-    sheet = tmp_path / "sheet.png"
-    assert data.main([str(tmp_path), "--classes", "bear,cat,dog", "--sheet", str(sheet)]) == 0
+    class_folders(tmp_path / "a")
+    sheet, names = tmp_path / "sheet.png", ["bear", "cat", "dog"]
+    prompts = written(tmp_path / "p.json", {c: [f"the {c}"] for c in names})
+    sets = written(tmp_path / "s.csv", "bear/000.png,cat|bear\n")
+    args = [str(tmp_path / "a"), "--classes", "bear,cat,dog", "--sheet", str(sheet)]
+    assert data.main(args) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("class folders") and out[1] == "classes: bear, cat, dog"
+    assert out[2] == "prompts: a photo of a bear."
     assert len(out) == 16 and Image.open(sheet).size[1] == 18 + 3 * 56
-    assert data.main([str(tmp_path / "nowhere")]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    sheet.unlink()
+    d = data.load(tmp_path / "a")
+    assert "bear/000.png" in d.train.names
+    assert data.main([*args, "--shots", "2", "--seed", "3", "--prompts", str(prompts),
+                      "--candidates", str(sets), "--template", "ensemble"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[2].startswith("prompts: a photo of a bear. | itap of a bear. | ")
+    assert out[3] == "p.json: 1 to 1 sentences for 3 of 3 classes"
+    assert out[4].startswith("s.csv: ") and out[4].endswith(
+        f"; {len(d.train) - 1} of {len(d.train)} images have no entry: all classes")
+    few = d.train.subset(data.few_shot(d.train, 2, 3))
+    assert out[5] == f"--shots 2 --seed 3: {len(few)} training images" and len(few) <= 6
+    shown = [line.split()[1:] for line in out if re.match(r"train  (bear|cat|dog) ", line)]
+    assert len(shown) == 5 and {name for _, name in shown} <= set(few.names)
+    assert all(name.startswith(label) for label, name in shown)
+    assert out[-1] == f"contact sheet: {sheet}" and Image.open(sheet).size[0] > 800
+    for wrong in ([str(tmp_path / "nowhere")], [*args, "--prompts", str(sets)],
+                  [*args, "--sheet", str(tmp_path / "no" / "x.png")]):
+        assert data.main(wrong) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_data_main_of_unlabelled_images(tmp_path, capsys):
+    draw(tmp_path, ["1.jpg", "2.jpg"])
+    args = [str(tmp_path), "--classes", "a,b", "--sheet", str(tmp_path / "sheet.png")]
+    assert data.main(args) == 0 and (tmp_path / "sheet.png").is_file()
+    out = capsys.readouterr().out.splitlines()
+    assert out[3:-1] == [f"train  ?                     {k}.jpg" for k in (1, 2)]
+    assert data.main([*args, "--shots", "2"]) == 2
+    assert capsys.readouterr().err.startswith("error: --shots: ")
+
+
+def test_data_speed(tmp_path, capsys):
+    class_folders(tmp_path, 8)
+    assert data.main([str(tmp_path), "--speed"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert re.fullmatch("test tensors of [0-9]+ images are bit for bit CLIP's: True", out[-1])
+    assert [line.split(":")[0] for line in out[2:-1]] == [
+        f"{name:5} epoch {k}" for name in ("plain", "here") for k in (1, 2, 3)]
 
 
 # ======== the demo ========
@@ -1224,8 +2451,8 @@ FOLDER = ["--arch", "tiny", "--workers", 0, "--max-steps", 3]
 def test_shuffled_labels_change_nothing(drawn, tmp_path):
     save_pictures(tmp_path / "pets", drawn, "images/train{i}.png", "images/test{i}.png")
     for name in ("right", "shuffled"):
-        split = {part: [[f"{part}{i}.png", k, shapes.SHAPES[k]] for i, k in enumerate(drawn[part][1])]
-                 for part in drawn}
+        split = {part: [[f"{part}{i}.png", k, shapes.SHAPES[k]] for i, k in enumerate(y)]
+                 for part, (_, y) in drawn.items()}
         if name == "shuffled":
             labels = [row[1:] for row in split["train"]]
             random.Random(0).shuffle(labels)
@@ -1251,6 +2478,7 @@ def test_taking_the_labels_away_changes_nothing(drawn, tmp_path):
 def test_interrupt_and_resume(little, tmp_path, monkeypatch, capsys, step):
     assert run(tmp_path / "whole") == 0
     live, steps = data.Run.live, []
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # ignored after `pytest &`
 
     def interrupt(self, text):
         steps.append(live(self, text))
