@@ -395,7 +395,8 @@ def adapt(args):
     small = sum(v.numel() for v in model.visual.parameters()) < 10**7
     lr2 = args.lr2 if args.lr2 is not None else 3e-4 if small else 1e-5
     workers = data.pick_workers(args.workers, found.train)
-    run = data.Run(args.out, vars(args), args.resume, args.overwrite)
+    run = data.Run(args.out, {**vars(args), "found": found.description}, args.resume,
+                   args.overwrite)
     run.say(found.description)
     autocast, scaler = data.precision(args.amp, device)
     plain_view, weak, strong = views = data.transforms(model.visual.input_resolution)
@@ -484,7 +485,7 @@ def adapt(args):
                                  "seconds": time.time() - run.start,
                                  **{k: part.state_dict() for k, part in parts.items()}})
         if phase == 1 and epochs:
-            data.contact_sheet(run.out / "pseudo_labels.png", found.train, names,
+            data.pseudo_label_sheet(run.out / "pseudo_labels.png", found.train, names,
                                mean_prediction(p), mean_prediction(p_clean))
 
     if p_test is None:                                                          # nothing to train
@@ -533,8 +534,8 @@ def parse(argv=None):
     add("--batch-size", type=data.positive, default=64, help="images per step and model")
     add("--workers", type=data.natural, help="loader processes; default: 0 for images in memory, "
         "else one per two cores, 4 at most")
-    add("--cache", type=float, default=4, metavar="GB", help="memory for decoded images; those "
-        "that need more go to a temporary file; 0: decode them anew each time")
+    add("--cache", type=data.gigabytes, default=4, metavar="GB", help="memory for decoded images; "
+        "if they need more they go to a temporary file; 0: decode them anew each time")
     add("--max-steps", type=data.positive, help="stop each phase there, to try things out")
     add("--resume", default=False, help="continue the run in --out", **switch)
     add("--overwrite", default=False, help="replace the run in --out", **switch)
