@@ -1691,7 +1691,8 @@ class Run:
             raise DataError(f"{self.out} already holds a run: give --resume to continue it, "
                                  f"--overwrite to replace it, or another --out")
         self.out.mkdir(parents=True, exist_ok=True)
-        for old in ("last.pt", "model.pt", "predictions.csv", "pseudo_labels.png"):
+        for old in ("last.pt", "model.pt", "predictions.csv", "pseudo_labels.png",
+                    "disambiguated.csv"):
             if not resume:
                 (self.out / old).unlink(missing_ok=True)
         self.write("args.json", json.dumps(self.lines[0], indent=2) + "\n")

@@ -8,6 +8,7 @@ import base64
 import csv
 import hashlib
 import http.server
+import inspect
 import io
 import json
 import math
@@ -44,6 +45,7 @@ from torchvision.models import ResNet50_Weights
 import clip
 import coft
 import data
+import prompt_align as pa
 from clip import clip as clip_files
 from clip import shapes
 from clip.model import CLIP, QuickGELU
@@ -2594,3 +2596,367 @@ def test_demo_gains(tmp_path, monkeypatch):
                       "--out", str(tmp_path)]) == 0
     last = read(tmp_path)[0][-1]
     assert 45 < last["zero_shot"] < 75 and last["accuracy"] >= last["zero_shot"] + 5, last
+
+
+# ======== prompt_align.py ========
+
+
+def test_copies_are_the_same():
+    for name in ("posterior", "accuracy", "main"):
+        assert inspect.getsource(getattr(pa, name)) == inspect.getsource(getattr(coft, name)), name
+
+
+
+def aligned_batch(seed=0, B=6, C=5, scale=3.0, V=None):
+    """Logits (B, C) or (V, B, C) that want a gradient, candidate sets, confidences; double."""
+    g = torch.Generator().manual_seed(seed)
+    l = scale * torch.randn(*([V] if V else []), B, C, generator=g, dtype=torch.double)
+    S = torch.rand(B, C, generator=g) < 0.5
+    S[torch.arange(B), torch.randint(C, (B,), generator=g)] = True
+    S[0], S[1] = torch.arange(C) == 2, True                             # a singleton, a full set
+    c = torch.rand(B, C, generator=g, dtype=torch.double)
+    return l.requires_grad_(True), S, c
+
+
+def p_of(row):
+    """softmax with plain arithmetic on a row of scalars."""
+    e = [torch.exp(v) for v in row]
+    return [v / sum(e) for v in e]
+
+
+def plainly_average(l, S, c):
+    return sum(-sum(torch.log(p_of(r)[k]) for k in range(5) if s[k]) / int(s.sum())
+               for r, s in zip(l, S)) / 6
+
+
+def plainly_cc(l, S, c):
+    return sum(-torch.log(sum(p_of(r)[k] for k in range(5) if s[k])) for r, s in zip(l, S)) / 6
+
+
+def plainly_weighted(l, S, c):
+    return sum(-sum(w[k] * torch.log(p_of(r)[k]) for k in range(5)) for r, w in zip(l, c)) / 6
+
+
+def plainly_lws(l, S, c):
+    return sum(-sum(w[k] * torch.log(p_of(r)[k] if s[k] else 1 - p_of(r)[k]) for k in range(5))
+               for r, s, w in zip(l, S, c)) / 6
+
+
+def plainly_cavl(l, S, c):
+    total = 0
+    for r, s in zip(l, S):
+        v = r.tolist()
+        best = max((k for k in range(5) if s[k]), key=lambda k: abs(v[k] - 1) * v[k])
+        total = total - torch.log(p_of(r)[best])
+    return total / 6
+
+
+@pytest.mark.parametrize("name", ["average", "cc", "weighted", "lws", "cavl"])
+def test_align_pll_losses(name):
+    ours = {"average": lambda l, S, c: pa.loss_average(l, S), "lws": pa.loss_lws,
+            "cc": lambda l, S, c: pa.loss_cc(l, S),
+            "weighted": lambda l, S, c: pa.loss_weighted(l, c),
+            "cavl": lambda l, S, c: pa.loss_cavl(l, S)}[name]
+    for seed in range(3):
+        l, S, c = aligned_batch(seed)
+        a, b = ours(l, S, c), globals()[f"plainly_{name}"](l, S, c)
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+        ga, gb = (torch.autograd.grad(v, l, retain_graph=True)[0] for v in (a, b))
+        torch.testing.assert_close(ga, gb, atol=1e-6, rtol=0)
+
+
+def test_align_crdpll():
+    l, S, c = aligned_batch(3, V=3)
+    c = (c * S) / (c * S).sum(dim=1, keepdim=True)                      # with zeros: 0 log 0 = 0
+    kl = sum(float(w) * (math.log(w) - torch.log(p_of(r)[k])) for v in l for r, row in zip(v, c)
+             for k, w in enumerate(row.tolist()) if w > 0) / 6
+    negative = sum(-sum(torch.log(1 - p_of(r)[k]) for k in range(5) if not s[k])
+                   for r, s in zip(l[0], S)) / 6
+    for lam in (0.0, 0.4, 1.0):
+        a, b = pa.loss_crdpll(l, S, c, lam), lam * kl + negative
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+        ga, gb = (torch.autograd.grad(v, l, retain_graph=True)[0] for v in (a, b))
+        torch.testing.assert_close(ga, gb, atol=1e-6, rtol=0)
+    row = pa.confidence("crdpll", l, S)                                 # geometric mean, in S
+    product = (l.softmax(dim=2).prod(dim=0) ** (1 / 3) * S).detach()
+    torch.testing.assert_close(row, product / product.sum(dim=1, keepdim=True))
+
+
+def test_align_contrastive():
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(4, 3, generator=g, dtype=torch.double).requires_grad_(True)
+    keys = torch.randn(5, 3, generator=g, dtype=torch.double)
+    y, y_keys = [0, 1, 0, 2], [0, 1, 2, -1, 1]
+    a = pa.loss_contrastive(z, torch.tensor(y), keys, torch.tensor(y_keys), T=0.5)
+    everyone, labels, b = [*z, *keys], y + y_keys, 0
+    for i in range(4):
+        others = [j for j in range(9) if j != i]
+        s = {j: torch.exp(z[i] @ everyone[j] / 0.5) for j in others}
+        mine = [j for j in others if labels[j] == y[i]]
+        b = b - sum(torch.log(s[j] / sum(s.values())) for j in mine) / len(mine) / 4
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    ga, gb = (torch.autograd.grad(v, z, retain_graph=True)[0] for v in (a, b))
+    torch.testing.assert_close(ga, gb, atol=1e-6, rtol=0)
+
+
+def test_align_mixed_posterior_and_weight():
+    l, S, _ = aligned_batch(4)
+    hand = aligned_batch(5)[0]
+    q = pa.mixed_posterior(l, hand, S, 0.3)
+    for r, h, s, row in zip(l, hand, S, q):
+        a, b = ([v.item() if s[k] else 0.0 for k, v in enumerate(p_of(x))] for x in (h, r))
+        want = [0.3 * u / sum(a) + 0.7 * v / sum(b) for u, v in zip(a, b)]
+        assert row.tolist() == pytest.approx(want, abs=1e-6)
+    assert not q.requires_grad
+    x = torch.tensor([2.0, 0.5], requires_grad=True)
+    w = pa.balance(x[0], x[1])
+    assert float(w) == 4 and not w.requires_grad
+    for pll, align in ((0.0, 0.0), (0.0, 1.0)):                         # no 0/0; never off
+        assert float(pa.balance(torch.tensor(pll), torch.tensor(align))) == pytest.approx(pa.W_MIN)
+    assert math.isfinite(pa.balance(torch.tensor(1.0), torch.tensor(0.0)))
+    told = [1 - math.log(n) / math.log(5) for n in S.sum(dim=1).tolist()]
+    assert told[:2] == [1, 0] and float(pa.information(S)) == pytest.approx(sum(told) / len(told))
+
+
+@pytest.mark.parametrize("dtype", [torch.float, torch.double])
+def test_align_extreme_logits(dtype):
+    l = torch.tensor([[1e4, 0, -1e4, 5], [-1e4, 3, 3, 3], [0, 1e4, 0, 0]], dtype=dtype)
+    S = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool()  # no mass; singleton; full
+    p = pa.masked_softmax(l, S)
+    assert torch.equal(p[0], torch.tensor([0, 1, 0, 0], dtype=dtype))
+    assert torch.equal(p[1], torch.tensor([1, 0, 0, 0], dtype=dtype))
+    assert torch.equal(pa.masked_softmax(l, torch.zeros_like(S)), torch.zeros_like(l))
+    for objective in pa.OBJECTIVES:
+        views = torch.stack([l] * 3).requires_grad_(True)
+        c = pa.confidence(objective, views, S)
+        assert torch.isfinite(c).all() and (c[S.sum(1) > 0] >= 0).all()
+        loss = pa.pll_loss(objective, views, S, c, 1.0)
+        align = pa.loss_weighted(views[0], pa.mixed_posterior(views[0], l, S, 0.5))
+        total = loss + pa.balance(loss, align) * align
+        grad, = torch.autograd.grad(total, views)
+        assert torch.isfinite(total) and torch.isfinite(grad).all(), objective
+    one = torch.tensor([[50.0, 0, 0]], dtype=dtype, requires_grad=True)  # p_0 rounds to 1
+    pa.log_one_minus(one)[0, 0].backward()
+    assert one.grad[0].tolist() == pytest.approx([-1, 0.5, 0.5])
+
+
+def test_align_cavl_never_picks_a_non_candidate():
+    for seed in range(20):
+        l, S, _ = aligned_batch(seed)
+        l = -l.detach().abs() - 0.1                                     # all negative
+        l.requires_grad_(True)
+        grad, = torch.autograd.grad(pa.loss_cavl(l, S), l)
+        assert ((grad < 0).sum(dim=1) == 1).all() and S[grad < 0].all()
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return clip.load("tiny")[0].requires_grad_(False)
+
+
+def one_step(model, objective, teacher, S, table, f, i, seed=0, progress=0.0, lr=0.1):
+    """train_step on a fresh prompt: (prompt, gradient of V)."""
+    torch.manual_seed(seed)
+    prompt = pa.Prompt(model, shapes.SHAPES, data.TEMPLATE, 4)
+    contrast = pa.Contrast(f.shape[-1], 10) if objective == "pico" else None
+    optimizer = torch.optim.SGD(prompt.parameters(), lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    autocast = data.precision("off", f.device)[0]
+    t_hand = pa.hand_crafted(model, shapes.SHAPES, [data.TEMPLATE], autocast)
+    said = pa.train_step(objective, teacher, 1, progress, f, i, model, prompt, contrast,
+                         (S, table, t_hand), (optimizer, schedule, scaler), autocast)
+    return prompt, prompt.V.grad, said
+
+
+@pytest.fixture
+def random_features():
+    g = torch.Generator().manual_seed(1)
+    f = F.normalize(torch.randn(3, 8, 64, generator=g), dim=2)
+    return f, torch.randperm(12, generator=g)[:8], torch.randint(10, (12,), generator=g)
+
+
+def test_align_no_ambiguity_is_coop(tiny, random_features):
+    f, i, y = random_features
+    S = F.one_hot(y, 10).bool()
+    torch.manual_seed(0)
+    prompt = pa.Prompt(tiny, shapes.SHAPES, data.TEMPLATE, 4)
+    F.cross_entropy(tiny.logit_scale.exp() * f[0] @ prompt(tiny).T, y[i]).backward()
+    for objective in ("naive", "cc", "rc", "proden", "cavl", "pico"):
+        table = pa.confidence(objective, torch.zeros(1, *S.shape), S)
+        for teacher in (None, "mixed", "handcrafted"):
+            _, grad, said = one_step(tiny, objective, teacher, S, table.clone(), f, i, progress=0.3)
+            torch.testing.assert_close(grad, prompt.V.grad, atol=1e-6, rtol=1e-4)
+            assert not teacher or said["w"] == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["rc", "proden", "lws"])
+def test_align_tables(tiny, random_features, objective):
+    f, i, y = random_features
+    S = data.flip_candidates(y, 10, 0.5, 0)
+    first = pa.confidence(objective, torch.zeros(1, *S.shape), S)
+    table = first.clone()
+    torch.manual_seed(0)
+    before = pa.Prompt(tiny, shapes.SHAPES, data.TEMPLATE, 4)
+    after, _, _ = one_step(tiny, objective, "mixed", S, table, f, i)
+    asked = after if objective == "rc" else before                      # RC after the step
+    with torch.no_grad():
+        t = asked(tiny)
+    for n in range(12):
+        uniform = [1 / int(S[n].sum()) if s else 0.0 for s in S[n]]
+        rest = [0.0 if s else 1 / max(1, int((~S[n]).sum())) for s in S[n]]
+        row = [a + b for a, b in zip(uniform, rest)] if objective == "lws" else uniform
+        assert first[n].tolist() == pytest.approx(row, abs=1e-6)
+        if n in i.tolist():                                             # only the batch's rows
+            x = f[0, i.tolist().index(n)]
+            e = [math.exp(float(tiny.logit_scale.exp() * x @ v)) for v in t]
+            inside = sum(v for v, s in zip(e, S[n]) if s)
+            outside = sum(v for v, s in zip(e, S[n]) if not s) or 1
+            row = [v / inside if s else v / outside * (objective == "lws") for v, s in zip(e, S[n])]
+        assert table[n].tolist() == pytest.approx(row, abs=1e-5)
+
+
+def test_align_pico_state():
+    torch.manual_seed(0)
+    contrast = pa.Contrast(6, 3, d=4, queue=5)
+    assert torch.allclose(contrast.keys.norm(dim=1), torch.ones(5))     # rows, not columns
+    z, key = F.normalize(torch.randn(3, 4)), F.normalize(torch.randn(3, 4))
+    y = torch.tensor([2, 0, 2])
+    old = contrast.keys.clone()
+    contrast.update(z, key, y, m=0.5)
+    assert torch.equal(contrast.keys, torch.cat([key, old[:2]]))
+    assert contrast.y_keys.tolist() == [2, 0, 2, -1, -1]
+    torch.testing.assert_close(contrast.prototypes[0], z[1])
+    torch.testing.assert_close(contrast.prototypes[2], F.normalize(z[0] + z[2], dim=0))
+    assert contrast.prototypes[1].abs().sum() == 0
+
+
+def test_align_prompt_starts_at_the_template(tiny):
+    t = pa.hand_crafted(tiny, shapes.SHAPES, [data.TEMPLATE], nullcontext)
+    torch.testing.assert_close(pa.Prompt(tiny, shapes.SHAPES, data.TEMPLATE, 0)(tiny).detach(), t)
+    assert pa.nearest_words(tiny, pa.Prompt(tiny, shapes.SHAPES, data.TEMPLATE, 0).V) == [
+        "a 0.00", "photo 0.00", "of 0.00", "a 0.00"]
+    assert pa.Prompt(tiny, shapes.SHAPES, data.TEMPLATE, 16).V.shape == (16, 64)
+
+
+def align_run(out, *args):
+    return pa.main(["--device", "cpu", "--epochs", "2", "--out", str(out), *map(str, args)])
+
+
+def align_read(out):
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    rows = [list(csv.reader((out / name).open(newline=""))) for name in (
+        "predictions.csv", "disambiguated.csv")]
+    return lines, rows, torch.load(out / "model.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("objective", pa.OBJECTIVES)
+def test_align_run_folder(little, tmp_path, objective, monkeypatch, capsys):
+    loaded, load = [], clip.load
+    monkeypatch.setattr(clip, "load", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[0])
+    assert align_run(tmp_path / "run", "--objective", objective, "--shots", 8) == 0
+    assert sorted(os.listdir(tmp_path / "run")) == [
+        "args.json", "disambiguated.csv", "last.pt", "log.jsonl", "model.pt", "predictions.csv"]
+    (first, *epochs, last), (predictions, table), saved = align_read(tmp_path / "run")
+    assert first["objective"] == objective and [e["epoch"] for e in epochs] == [1, 2]
+    assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text()
+    for e in epochs:
+        assert {"loss", "pll", "align", "w", "alpha", "accuracy", "disambiguation", "supervised",
+                "images_per_second", "peak_memory_gb"} <= e.keys()
+    assert last.keys() >= {"zero_shot", "accuracy", "supervised", "seconds", "images_per_second",
+                           "peak_memory_gb"}
+    assert predictions[0] == ["path", "class", "confidence", "p_clean"] and len(predictions) == 51
+    assert table[0] == ["image", "candidates", "label", "confidence"]
+    assert all(row[2] in row[1].split("|") and 0 <= float(row[3]) <= 1 for row in table[1:])
+    assert (tmp_path / "run" / "model.pt").stat().st_size < 10_000
+    fresh = load("tiny")[0]                                             # CLIP is as it was
+    assert all(torch.equal(v, loaded[0][0].state_dict()[k]) for k, v in fresh.state_dict().items())
+    prompt = pa.Prompt(fresh, saved["class_names"], saved["template"], saved["ctx"])
+    start = prompt.V.clone()
+    prompt.load_state_dict(saved["prompt"])
+    assert not torch.equal(start, prompt.V)
+    assert "nearest" in capsys.readouterr().out
+
+
+def test_align_flags_and_seed(little, tmp_path):
+    seen = []
+    for k, flags in enumerate(([], ["--seed", 1], ["--q", 0.9], ["--no-align"], ["--ctx", 4],
+                               ["--teacher", "handcrafted"], ["--candidates", "instance"],
+                               ["--shots", 2], ["--lr", 0.5], ["--batch-size", 16],
+                               ["--template", "{}."], ["--amp", "bf16"], ["--max-steps", 2],
+                               ["--epochs", 12], ["--no-cache-features", "--epochs", 12])):
+        assert align_run(tmp_path / str(k), *flags) == 0
+        found = align_read(tmp_path / str(k))[2]["prompt"]["V"].tolist()
+        assert found not in seen, flags                                 # every flag does something
+        seen.append(found)
+    assert align_run(tmp_path / "again", "--no-supervised") == 0        # the reference is apart
+    assert align_read(tmp_path / "again")[2]["prompt"]["V"].tolist() == seen[0]
+    assert align_read(tmp_path / "again")[0][-1]["supervised"] is None
+    assert align_run(tmp_path / "new", "--no-cache-features") == 0            # same augmentations
+    a, b = (align_read(tmp_path / name)[2]["prompt"]["V"] for name in ("0", "new"))
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+def test_align_no_ambiguity_is_the_reference(little, tmp_path):
+    assert align_run(tmp_path, "--q", 0) == 0
+    lines, _, _ = align_read(tmp_path)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    torch.testing.assert_close(state["prompt"]["V"], state["reference"]["V"], atol=1e-4, rtol=0)
+    assert lines[-1]["accuracy"] == lines[-1]["supervised"]
+
+
+@pytest.mark.parametrize("objective", ["rc", "pico"])
+@pytest.mark.parametrize("step", [4, 6])                                # of three per epoch
+def test_align_interrupt_and_resume(little, tmp_path, monkeypatch, capsys, objective, step):
+    flags = ["--objective", objective, "--epochs", 3]
+    assert align_run(tmp_path / "whole", *flags) == 0
+    live, steps = data.Run.live, []
+
+    def interrupt(self, text):
+        steps.append(live(self, text))
+        if len(steps) == step:
+            signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(data.Run, "live", interrupt)
+    assert align_run(tmp_path / "cut", *flags) == 130 and "--resume" in capsys.readouterr().err
+    assert not (tmp_path / "cut" / "model.pt").exists()
+    assert align_run(tmp_path / "cut", *flags) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert align_run(tmp_path / "cut", *flags, "--resume") == 0
+    a, b = (align_read(tmp_path / name) for name in ("whole", "cut"))
+    assert a[1] == b[1] and torch.equal(a[2]["prompt"]["V"], b[2]["prompt"]["V"])
+    for key in ("epoch", "loss", "align", "alpha", "accuracy", "disambiguation", "supervised"):
+        assert [e.get(key) for e in a[0]] == [e.get(key) for e in b[0]], key
+
+
+def test_align_unlabelled_folder_with_candidates(drawn, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for i, picture in enumerate(drawn["train"][0]):
+        picture.save(tmp_path / "photos" / f"{i:03d}.png")
+    sets = {f"{i:03d}.png": [shapes.SHAPES[k], "star"] for i, k in enumerate(drawn["train"][1])}
+    (tmp_path / "sets.json").write_text(json.dumps(sets))
+    folder = ["--data", tmp_path / "photos", "--classes", ",".join(shapes.SHAPES), "--arch", "tiny"]
+    assert align_run(tmp_path / "out", *folder) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "--candidates FILE" in said and said.count("\n") == 1
+    assert align_run(tmp_path / "out", *folder, "--candidates", tmp_path / "sets.json") == 0
+    lines, (predictions, table), _ = align_read(tmp_path / "out")
+    assert lines[-1]["accuracy"] is None and lines[-1]["supervised"] is None
+    assert all("disambiguation" not in line for line in lines) and len(predictions) == 101
+    for row in table[1:]:
+        assert set(row[1].split("|")) == set(sets[row[0]]) and row[2] in sets[row[0]]
+
+
+def test_align_user_errors(little, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text('{"train/00000.png": ["dog"]}')
+    for args, says in ((["--data", "nowhere"], "no such folder"),
+                       (["--candidates", "absent.csv"], "absent.csv"),
+                       (["--candidates", "bad.json"], "unknown class 'dog'"),
+                       (["--lr", "1e30"], "lower --lr"),
+                       (["--device", "foo"], "--device foo cannot be used")):
+        assert align_run("out", *args) == 2, args
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and says in said.splitlines()[0], said
+    for args in (["--q", "1.1"], ["--objective", "rcc"], ["--shots", "-1"]):
+        with pytest.raises(SystemExit):
+            align_run("out", *args)
