@@ -399,7 +399,8 @@ def adapt(args):
     p0, p0_test = (posterior(f, t_hand.cpu(), tau.cpu()) for f in (f_train, f_test))    # (N, C)
     sets, about = candidate_sets(args, found.train, names, p0)                  # (N, C) bool
     zero = accuracy(p0_test, y_test)
-    run = data.Run(args.out, vars(args), args.resume, args.overwrite)
+    run = data.Run(args.out, {**vars(args), "found": found.description, "candidate_sets": about},
+                   args.resume, args.overwrite)
     for line in (found.description, kept, f"{len(sets)} images in use, {about}",
                  "no test labels" if zero is None else f"zero-shot accuracy {zero:.2f} %"):
         run.say(line)

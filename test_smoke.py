@@ -39,7 +39,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torchvision.datasets import Flowers102
 from torchvision.models import ResNet50_Weights
 
 import clip
@@ -742,6 +741,7 @@ def py2(x, memo=None):
 
 # ---- CoOp's split files ----
 
+FLOWERS = " ".join(data.FLOWERS.split()).split(", ")
 CALTECH = {"Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike",
            "accordion": "accordion", "airplanes": "airplane", "anchor": "anchor",
            "car_side": "car_side", "yin_yang": "yin_yang"}      # case-sensitive order
@@ -777,7 +777,7 @@ COOP = {  # folder, split file, image folder, title, template, path of image i o
              f"cars_{'test' if i > 2 else 'train'}/{[*CARS].index(c) * 9 + i:05d}.jpg", CARS),
     "flowers": ("oxford_flowers", "OxfordFlowers", "jpg/", "flowers", FLOWER,
                 lambda c, i: f"image_{len(c) * 9 + i:05d}.jpg",
-                {c: c for c in Flowers102.classes[:3]}),
+                {c: c for c in FLOWERS[:3]}),
     "food": ("food-101", "Food101", "images/", "food101", DISH,
              lambda c, i: f"{c}/{100 + i}.jpg", {c: c for c in FOOD}),
     "sun": ("sun397", "SUN397", "SUN397/", "sun397", PHOTO, lambda c, i: f"{c[1:]}/sun_a{i}.jpg",
@@ -838,7 +838,7 @@ def flowers(tmp, folder):
     parts = [{f"jpg/image_{i:05d}.jpg": labels[i - 1] - 1 for i in ids[part]}
              for part in ("trnid", "tstid")]
     draw(tmp / folder, [f"jpg/image_{i:05d}.jpg" for i in range(1, 308)])
-    return Facts(folder, "flowers", [c.rstrip("?") for c in Flowers102.classes], FLOWER, *parts,
+    return Facts(folder, "flowers", [c for c in FLOWERS], FLOWER, *parts,
                  ("official", "not CoOp's"))
 
 
@@ -1910,8 +1910,7 @@ def test_our_prompts(name, classes, each):
     openings = {tuple(text.lower().split()[:4]) for text in texts}
     assert len(openings) > 0.8 * len(texts)                         # no fill-in template
     if name in ("demo", "oxford_flowers"):
-        flowers = " ".join(data.FLOWERS.split()).split(", ")
-        assert list(table) == (flowers if name == "oxford_flowers" else list(shapes.SHAPES))
+        assert list(table) == (FLOWERS if name == "oxford_flowers" else list(shapes.SHAPES))
 
 
 def test_prompts_of_a_file(tmp_path, capsys):
