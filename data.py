@@ -1632,6 +1632,16 @@ def precision(amp, device):
     return (lambda: torch.autocast(device.type, dtype) if dtype else nullcontext()), scaler
 
 
+def above_zero(text):
+    """argparse type: a number above 0."""
+    try:
+        if 0 < float(text) < math.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+
+
 def gigabytes(text):
     """argparse type: a number from 0 on."""
     try:

@@ -14,7 +14,7 @@ hand-crafted prompt's posterior and its own, both restricted to the candidates. 
     loss = u * pll + (1 - u) * balance(pll, align) * align                              Eq. 11
     table[i] = confidence(objective, l, S)                  only the rows of the batch  Eq. 2
 
-B batch, C classes, D embedding, L context tokens, N images, V views of an image, W width of a word;
+A views of an image, B batch, C classes, D embedding, L context tokens, N images, W width of a word;
 S (B, C) bool candidate sets; tau = exp(logit_scale), f and t unit vectors, p = softmax(l).
 
 Run:  python prompt_align.py                                    the demo, offline, some seconds
@@ -26,11 +26,14 @@ Measured: on the demo only, see README.md. With OpenAI's CLIP on real data: not 
 Decided here (the paper's text was not at hand; "released" is its authors' code):
 - alpha falls linearly from 1 to 1/2 (to 0, large sets made V forget CLIP), and the less the sets
   tell, the more the alignment counts: with single labels the run is supervised CoOp, with all
-  labels in every set CLIP's posterior alone teaches. --teacher handcrafted is as released: alpha
-  = 1, u = 1/2 (their sum, halved, so that --lr means the same). w is at least 0.03;
+  labels in every set the alignment alone teaches. --teacher handcrafted is as released: alpha = 1,
+  u = 1/2 (the sum, halved, so that --lr means the same). w is at least 0.03;
 - features are normalised, which the released aligned runs did not do;
-- PRODEN updates its table from the step's own logits, RC from the new V's, all for the batch only;
-- PiCO's head is trained by its contrastive loss, see `Contrast`; the released code never did;
+- PRODEN, LWS and CRDPLL update their tables from the step's own logits, RC from the new V's, all
+  for the batch only; LWS starts at 1/|S| inside and 1/(C - |S|) outside (released: 1/C);
+- PiCO's head is trained by its contrastive loss, see `Contrast`, from the first epoch (in the
+  released code nothing trains it); its prototypes and slow head move with 0.99, per class;
+- the views are data.py's weak and strong ones, five augmentations kept and used in turn;
 - for tiny, V starts from the template's words, all images are used, --lr is larger;
 - predictions.csv: p_clean is the hand-crafted prompt's probability of the chosen class.
 """
@@ -107,7 +110,7 @@ def loss_cavl(l, S):
 
 def loss_crdpll(l, S, c, lam):
     """Eq. (8), CRDPLL: mean of lam sum_v KL(c || p^v) - sum_{k not in S} log(1 - p^0_k), p^v of
-    view v; Wu et al., ICML 2022. l (V, B, C); S, c (B, C)."""
+    view v; Wu et al., ICML 2022. l (A, B, C); S, c (B, C)."""
     kl = sum(F.kl_div(v.log_softmax(dim=1), c, reduction="batchmean") for v in l)
     return lam * kl - (log_one_minus(l[0]) * ~S).sum(dim=1).mean()
 
@@ -209,7 +212,7 @@ PASSES = 5             # --cache-features: the augmentations of each image that 
 
 
 def pll_loss(objective, l, S, c, lam):
-    """Eq. (3)-(8) by name. l (V, B, C), all but CRDPLL learn from the first view; S, c (B, C)."""
+    """Eq. (3)-(8) by name. l (A, B, C), all but CRDPLL learn from the first view; S, c (B, C)."""
     return {"naive": lambda: loss_average(l[0], S), "cc": lambda: loss_cc(l[0], S),
             "lws": lambda: loss_lws(l[0], S, c), "cavl": lambda: loss_cavl(l[0], S),
             "crdpll": lambda: loss_crdpll(l, S, c, lam)
@@ -218,14 +221,14 @@ def pll_loss(objective, l, S, c, lam):
 
 def confidence(objective, l, S):
     """Rows of the table: softmax_S(l); LWS also weighs the others; CRDPLL takes the geometric mean
-    of the views' softmax, which is that of the mean logits. l (V, B, C), S (B, C) -> (B, C)."""
+    of the views' softmax, which is that of the mean logits. l (A, B, C), S (B, C) -> (B, C)."""
     if objective == "lws":
         return masked_softmax(l[0], S) + masked_softmax(l[0], ~S)
     return masked_softmax(l.mean(dim=0) if objective == "crdpll" else l[0], S)
 
 
 class Features:
-    """Each epoch's batches: features of augmented images (V, B, D), their indices (B,).
+    """Each epoch's batches: features of augmented images (A, B, D), their indices (B,).
 
     The tower is frozen: with --cache-features those of PASSES epochs are kept and used in turn;
     without, an image is encoded once per step.
@@ -233,17 +236,14 @@ class Features:
     def __init__(self, model, load, args, autocast):
         self.model, self.load, self.args, self.autocast = model, load, args, autocast
         self.batches = load(args.batch_size, shuffle=True, drop_last=True)
-        self.kept, self.seconds, self.images = {}, 0.0, 0               # in the image tower
+        self.kept = {}                                                  # {pass: (A, N, D)}
 
     @torch.no_grad()
     def encode(self, x):
-        """V x (B, 3, R, R) -> unit features (V, B, D), on the CPU."""
-        start = time.time()
+        """A x (B, 3, R, R) -> unit features (A, B, D), on the CPU."""
         with self.autocast():
-            f = self.model.encode_image(torch.cat(x))                           # (V B, D)
-        f = F.normalize(f.float(), dim=1).unflatten(0, (len(x), -1)).cpu()
-        self.seconds, self.images = self.seconds + time.time() - start, self.images + len(x[0])
-        return f
+            f = self.model.encode_image(torch.cat(x))                           # (A B, D)
+        return F.normalize(f.float(), dim=1).unflatten(0, (len(x), -1)).cpu()
 
     def epoch(self, e):
         self.batches.sampler.epoch, k = e, e % PASSES                   # order and augmentations
@@ -251,23 +251,29 @@ class Features:
             yield from ((self.encode(x), i) for *x, i in self.batches)
             return
         if k not in self.kept:
-            self.kept[k] = torch.cat([self.encode(x) for *x, _ in self.load(256, epoch=k)], dim=1)
+            self.kept[k] = torch.cat([self.encode(x) for *x, _ in
+                                      self.load(self.args.batch_size, epoch=k)], dim=1)
         order = torch.tensor([i for i, _ in self.batches.sampler])              # (N,)
-        for i in order.split(self.args.batch_size)[:len(self.batches)]:
+        for i in order.split(self.args.batch_size)[:len(self.batches)]:         # as drop_last
             yield self.kept[k][:, i], i
+
+
+def logits(model, prompt, f, autocast):
+    """l = tau f.t(V), in fp32 whatever the precision of the text tower. f (..., D) -> (..., C)."""
+    with autocast():
+        t = prompt(model)                                                       # (C, D)
+    return model.logit_scale.exp() * f @ t.float().T
 
 
 def train_step(objective, teacher, epoch, progress, f, i, model, prompt, contrast, tables, descent,
                autocast):
-    """One step on the features f (V, B, D) of the images i (B,). tables: candidate sets (N, C),
+    """One step on the features f (A, B, D) of the images i (B,). tables: candidate sets (N, C),
     confidences (N, C), hand-crafted classifier (C, D). Without a teacher: the objective alone.
     Returns what the log shows."""
     sets, table, t_hand = tables
     f, S, c = (v.to(t_hand.device) for v in (f, sets[i], table[i]))             # S, c (B, C)
-    with autocast():
-        t = prompt(model)                                                       # (C, D)
-    tau, extra = model.logit_scale.exp(), 0.0
-    l, l_hand = tau * f @ t.float().T, tau * f[0] @ t_hand.T                    # (V, B, C), (B, C)
+    l, extra = logits(model, prompt, f, autocast), 0.0                          # (A, B, C)
+    l_hand = model.logit_scale.exp() * f[0] @ t_hand.T                          # (B, C)
 
     if contrast is not None:                                                    # PiCO
         z, y = F.normalize(contrast.head(f[0]), dim=1), masked_softmax(l[0], S).argmax(dim=1)
@@ -281,14 +287,16 @@ def train_step(objective, teacher, epoch, progress, f, i, model, prompt, contras
             table[i] = c.cpu()
         contrast.update(z.detach(), key, y)
 
-    alpha = 1.0 if teacher == "handcrafted" else 1 - progress / 2
     loss = pll = pll_loss(objective, l, S, c, min(2 * progress, 1))
-    align = w = torch.zeros(())
     if teacher:
+        released = teacher == "handcrafted"
+        alpha, u = (1.0, 0.5) if released else (1 - progress / 2, information(S).item())
         align = loss_weighted(l[0], mixed_posterior(l[0], l_hand, S, alpha))
         w = balance(pll, align)
-        u = 0.5 if teacher == "handcrafted" else information(S)
         loss = u * pll + (1 - u) * w * align
+        shown = {"align": align.item(), "w": w.item(), "alpha": alpha, "u": u}
+    else:
+        shown = {}
     optimizer, schedule, scaler = descent
     optimizer.zero_grad()
     scaler.scale(loss + extra).backward()
@@ -296,12 +304,12 @@ def train_step(objective, teacher, epoch, progress, f, i, model, prompt, contras
     schedule.step()
 
     if objective == "rc":                                               # RC asks the new V
-        with torch.no_grad(), autocast():
-            l = tau * f @ prompt(model).float().T                               # (V, B, C)
+        with torch.no_grad():
+            l = logits(model, prompt, f, autocast)                              # (A, B, C)
     if objective in ("rc", "proden", "lws", "crdpll"):
         table[i] = confidence(objective, l, S).cpu()
-    return {"loss": loss.item(), "pll": pll.item(), "align": align.item(), "w": w.item(),
-            "alpha": alpha}
+    scaler.update()
+    return {"loss": loss.item(), "pll": pll.item(), **shown}
 
 
 # ======== evaluation ========
@@ -320,9 +328,7 @@ def hand_crafted(model, class_names, templates, autocast):
 @torch.no_grad()
 def predict(model, prompt, f, autocast):
     """Logits (N, C) of features (N, D), on the CPU."""
-    with autocast():
-        t = prompt(model)                                                       # (C, D)
-    return model.logit_scale.exp().cpu() * f @ t.float().cpu().T
+    return logits(model, prompt, f.to(model.logit_scale.device), autocast).cpu()
 
 
 # same in coft.py
@@ -355,11 +361,9 @@ def write_disambiguated(path, images, class_names, S, l):
 # ======== main ========
 
 
-def candidate_sets(args, images, class_names, p0):
-    """(sets (N, C) bool, one line about them): from the user's file, or made from the labels, where
-    `instance` prefers the classes that the zero-shot posterior p0 (N, C) finds likely."""
-    if args.candidates not in MADE:
-        return data.read_candidates(args.candidates, images, class_names)
+def made_candidates(args, images, class_names, p0):
+    """(sets (N, C) bool, one line about them) made from the labels; `instance` prefers the classes
+    that the zero-shot posterior p0 (N, C) finds likely."""
     y, C = images.y_true, len(class_names)                              # to make candidates
     sets = (data.flip_candidates(y, C, args.q, args.seed) if args.candidates == "uniform" else
             data.hard_candidates(p0, y, args.q, args.seed))
@@ -369,6 +373,9 @@ def candidate_sets(args, images, class_names, p0):
 def adapt(args):
     """The whole run: zero-shot, candidates, training, the files. Returns the summary."""
     device = data.pick_device(args.device)
+    if args.candidates not in MADE and not os.path.isfile(args.candidates):
+        raise data.DataError(f"--candidates {args.candidates}: expected uniform, instance or a CSV "
+                             f"or JSON file")
     found = data.load(args.data, args.classes, args.template)
     if args.candidates in MADE and found.train.y_true is None:
         raise data.DataError("the training images have no labels to make candidate sets from: give "
@@ -384,26 +391,27 @@ def adapt(args):
     if shots and not (args.shots is None and args.candidates not in MADE):
         found.train = found.train.subset(data.few_shot(found.train, shots, args.seed))
     names, y_true, y_test = found.class_names, found.train.y_true, found.test.y_true
+    given = None if args.candidates in MADE else data.read_candidates(
+        args.candidates, found.train, names)
     workers = data.pick_workers(args.workers, found.train)
-    autocast, scaler = data.precision(args.amp, device)
+    autocast, _ = data.precision(args.amp, device)
     plain, weak, strong = views = data.transforms(model.visual.input_resolution)
-    kept = data.keep_decoded(found, views, args.cache)
+    run = data.Run(args.out, {**vars(args), "found": found.description}, args.resume,
+                   args.overwrite)
+    run.say(found.description)
+    run.say(data.keep_decoded(found, views, args.cache))
 
     load = partial(data.loader, seed=args.seed, workers=workers, device=device)
     shown = {"crdpll": (weak, weak, strong), "pico": (weak, strong)}.get(args.objective, (weak,))
     features = Features(model, partial(load, found.train.view(*shown)), args, autocast)
-    f_train, f_test = (torch.cat([features.encode(x)[0] for *x, _ in load(v.view(plain), 256)])
-                       for v in (found.train, found.test))                      # (N, D) each
-    features.seconds, features.images = 0.0, 0
+    f_train, f_test = (torch.cat([features.encode(x)[0] for *x, _ in load(
+        images.view(plain), args.batch_size)]) for images in (found.train, found.test))  # (N, D)
     t_hand, tau = hand_crafted(model, names, found.templates, autocast), model.logit_scale.exp()
     p0, p0_test = (posterior(f, t_hand.cpu(), tau.cpu()) for f in (f_train, f_test))    # (N, C)
-    sets, about = candidate_sets(args, found.train, names, p0)                  # (N, C) bool
+    sets, about = given or made_candidates(args, found.train, names, p0)        # (N, C) bool
     zero = accuracy(p0_test, y_test)
-    run = data.Run(args.out, {**vars(args), "found": found.description, "candidate_sets": about},
-                   args.resume, args.overwrite)
-    for line in (found.description, kept, f"{len(sets)} images in use, {about}",
-                 "no test labels" if zero is None else f"zero-shot accuracy {zero:.2f} %"):
-        run.say(line)
+    run.say(f"{len(sets)} images in use, {about}")
+    run.say("no test labels" if zero is None else f"zero-shot accuracy {zero:.2f} %")
     data.check_label_order(found, zero)
 
     torch.manual_seed(args.seed)
@@ -411,7 +419,7 @@ def adapt(args):
     reference = copy.deepcopy(prompt) if args.supervised and y_true is not None else None
     table = confidence(args.objective, torch.zeros(1, *sets.shape), sets)       # uniform, (N, C)
     total = max(1, min(epochs * len(features.batches), args.max_steps or 10**9))   # steps
-    parts, descents = {"scaler": scaler}, []
+    parts, descents = {}, []
     if args.objective == "pico":
         contrast = parts["contrast"] = Contrast(f_train.shape[1], len(names)).to(device)
     for name, learner in (("prompt", prompt), ("reference", reference)):
@@ -424,18 +432,18 @@ def adapt(args):
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda k: 0.5 + 0.5 * math.cos(math.pi * k / total))
         parts |= {name: learner, f"{name} optimizer": optimizer, f"{name} schedule": schedule}
+        scaler = data.precision(args.amp, device)[1]    # each its own: the two are independent
+        parts[f"{name} scaler"] = scaler
         descents.append((optimizer, schedule, scaler))
     if reference is not None:           # true labels, the only candidates: CoOp, arXiv 2109.01134
-        one = F.one_hot(y_true, len(names))                                     # (N, C)
+        one = F.one_hot(y_true, len(names)).float()                             # (N, C)
         truth = one.bool(), one, t_hand
     step = first = seen = 0                                                     # seen: images
     busy, saved = 0.0, run.state                                                # busy: seconds
     if saved:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        table, (first, step, seen, busy, features.images, features.seconds) = (
-            saved[k] for k in ("table", "counts"))
-        torch.set_rng_state(saved["rng"])
+        table, (first, step, seen, busy) = saved["table"], saved["counts"]
 
     for epoch in range(first, epochs):
         if step >= total:
@@ -449,7 +457,6 @@ def adapt(args):
                 pause = time.time()
                 train_step("naive", None, *now, reference, None, truth, descents[1], autocast)
                 spare += time.time() - pause
-            scaler.update()
             seen += len(i)
             speed = seen / (busy + time.time() - start - spare)
             run.live(f"epoch {epoch + 1}/{epochs} step {step}/{total} loss "
@@ -469,10 +476,10 @@ def adapt(args):
                  "peak_memory_gb": data.peak_memory_gb(device)}
         run.log(epoch=epoch + 1, **line, seconds=round(time.time() - run.start, 1))
         run.say(f"epoch {epoch + 1}/{epochs}  " + "  ".join(
-            f"{k.split('_')[0]} {v:.4g}" for k, v in line.items() if v is not None))
+            f"{k} {v:.4g}" for k, v in line.items() if v is not None and "_" not in k)
+            + f"  {line['images_per_second']} img/s")
         run.save("last.pt", {
-            "counts": [epoch + 1, step, seen, busy, features.images, features.seconds],
-            "rng": torch.get_rng_state(), "table": table, "log": run.lines,
+            "counts": [epoch + 1, step, seen, busy], "table": table, "log": run.lines,
             "seconds": time.time() - run.start, **{k: v.state_dict() for k, v in parts.items()}})
 
     l, l_test = (predict(model, prompt, f, autocast) for f in (f_train, f_test))    # (N, C) each
@@ -484,14 +491,12 @@ def adapt(args):
     run.save("model.pt", {"prompt": prompt.state_dict(), "ctx": L, "class_names": names,
                           "template": found.templates[0],
                           "clip": os.path.basename(args.weights) if args.weights else arch})
-    thrice = busy - features.seconds + 3 * seen * features.seconds / max(1, features.images)
     top = None if reference is None else predict(model, reference, f_test, autocast)
     summary = {"zero_shot": zero, "accuracy": accuracy(l_test, y_test),
                "supervised": None if reference is None else accuracy(top, y_test),
                "candidates": about, "nearest_words": words,
                "seconds": round(time.time() - run.start, 1),
                "images_per_second": round(seen / busy) if busy else None,
-               "images_per_second_if_encoded_thrice": round(seen / thrice) if busy else None,
                "peak_memory_gb": data.peak_memory_gb(device)}
     run.log(**summary)
     run.say("".join(f"{k.replace('_', '-')} {summary[k]:.2f} %, " for k in (
@@ -519,8 +524,8 @@ def parse(argv=None):
     add("--batch-size", type=data.positive, default=32, help="images per step")
     add("--workers", type=data.natural, help="loader processes; default: 0 for images in memory, "
         "else one per two cores, 4 at most")
-    add("--cache", type=float, default=4, metavar="GB", help="memory for decoded images; those "
-        "that need more go to a temporary file; 0: decode them anew each time")
+    add("--cache", type=data.gigabytes, default=4, metavar="GB", help="memory for decoded images; "
+        "if they need more they go to a temporary file; 0: decode them anew each time")
     add("--max-steps", type=data.positive, help="stop there, to try things out")
     add("--resume", default=False, help="continue the run in --out", **switch)
     add("--overwrite", default=False, help="replace the run in --out", **switch)
@@ -535,7 +540,7 @@ def parse(argv=None):
         "default: 16; all for tiny or with a FILE")
     add("--ctx", type=data.natural, metavar="L", help="random context tokens; 0: the template's "
         "words; default: 0 for tiny, else 16")
-    add("--lr", type=float, help="of V (SGD, cosine); default: 0.1 for tiny, else 0.002")
+    add("--lr", type=data.above_zero, help="of V (SGD, cosine); default: 0.1 for tiny, else 0.002")
     add("--epochs", type=data.natural, help="default: 20 for tiny, else 100")
     add("--cache-features", default=True, help=f"encode {PASSES} augmentations of each image and "
         "use them in turn; without: a new one in each epoch", **switch)

@@ -2883,7 +2883,8 @@ def test_align_flags_and_seed(little, tmp_path):
                                ["--teacher", "handcrafted"], ["--candidates", "instance"],
                                ["--shots", 2], ["--lr", 0.5], ["--batch-size", 16],
                                ["--template", "{}."], ["--amp", "bf16"], ["--max-steps", 2],
-                               ["--epochs", 12], ["--no-cache-features", "--epochs", 12])):
+                               ["--epochs", 12], ["--no-cache-features", "--epochs", 12],
+                               ["--objective", "rc", "--amp", "bf16"], ["--objective", "lws"])):
         assert align_run(tmp_path / str(k), *flags) == 0
         found = align_read(tmp_path / str(k))[2]["prompt"]["V"].tolist()
         assert found not in seen, flags                                 # every flag does something
