@@ -2960,3 +2960,17 @@ def test_align_user_errors(little, tmp_path, capsys, monkeypatch):
     for args in (["--q", "1.1"], ["--objective", "rcc"], ["--shots", "-1"]):
         with pytest.raises(SystemExit):
             align_run("out", *args)
+
+
+def test_align_full_sets_fall_back_to_zero_shot(little, tmp_path):
+    for objective in ("rc", "cavl"):
+        assert align_run(tmp_path, "--q", 1, "--objective", objective, "--overwrite") == 0
+        last = align_read(tmp_path)[0][-1]
+        assert abs(last["accuracy"] - last["zero_shot"]) <= 2, last     # one image of fifty
+
+
+def test_align_demo_gains(tmp_path):
+    assert pa.main(["--device", "cpu", "--objective", "rc", "--epochs", "8", "--no-supervised",
+                    "--out", str(tmp_path)]) == 0
+    last = align_read(tmp_path)[0][-1]
+    assert last["accuracy"] >= last["zero_shot"] + 3, last
