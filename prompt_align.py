@@ -388,8 +388,9 @@ def adapt(args):
     usual = TINY if model.visual.output_dim < 512 else CLIP
     L, lr, epochs, shots = (u if given is None else given for given, u in zip(
         (args.ctx, args.lr, args.epochs, args.shots), usual))
-    if shots and not (args.shots is None and args.candidates not in MADE):
-        found.train = found.train.subset(data.few_shot(found.train, shots, args.seed))
+    K = shots if args.candidates in MADE else args.shots                # a FILE: all, unless asked
+    if K:
+        found.train = found.train.subset(data.few_shot(found.train, K, args.seed))
     names, y_true, y_test = found.class_names, found.train.y_true, found.test.y_true
     given = None if args.candidates in MADE else data.read_candidates(
         args.candidates, found.train, names)
