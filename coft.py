@@ -15,7 +15,7 @@ the whole image encoder (phase 2).
     phase 2, all weights of the image encoder:
         y = the peer's label now, keep = its p_clean_y > 1/2, for every image
         loss = loss_cls(l_pos, y, keep)             V- learns too, f ignores its gradient   Eq. 8
-    both + gamma fairness(l_pos)
+    both + balance fairness(l_pos)
     prediction = mean of the two softmaxes                                                  Eq. 9
 
 B batch, C classes, D embedding, L context tokens, N images, P prompt tokens, T tokens, W width;
@@ -36,11 +36,8 @@ Decided here (the public summaries of the paper do not fix it):
 import argparse
 import copy
 import math
-import os
 import re
-import signal
 import sys
-import time
 from functools import partial
 
 import torch
@@ -94,9 +91,9 @@ def loss_cls(l_pos, y, keep):
 
 
 def complementary_labels(p, y):
-    """ybar of Eq. (6): a class other than y, drawn from p without y: a likely mistake.
-    p (B, C), y (B,) -> (B,)."""
-    others = (p + 1e-6).scatter(1, y[:, None], 0.0)                     # (B, C)
+    """ybar of Eq. (6): a class other than y, drawn from p without y: a likely mistake (y itself if
+    there is no other). p (B, C), y (B,) -> (B,)."""
+    others = (p + 1e-6).scatter(1, y[:, None], 0.0 if p.shape[1] > 1 else 1.0)  # (B, C)
     return torch.multinomial(others, 1)[:, 0]
 
 
@@ -231,6 +228,10 @@ class Model(nn.Module):
         visual = self.visual or model.visual
         return F.normalize(visual(x, self.prompts, self.adapters).float(), dim=-1)
 
+    def forward(self, loss, *args):
+        """loss(self, ...): called so, DistributedDataParallel sees what the loss uses."""
+        return loss(self, *args)
+
 
 # ======== training ========
 
@@ -248,10 +249,10 @@ def judge(model, models, batches, N, autocast):
                 f = models[m].features(model, x)                                # (B, D)
             p[m, i] = posterior(f, t_pos, tau).cpu()
             p_clean[m, i] = log_p_clean(*logits(f, t_pos, t_neg, tau))[0].exp().cpu()
-    return p, p_clean
+    return data.total(p), data.total(p_clean)
 
 
-def verdicts(phase, p, p_clean, y0, high, threshold=None, single=False):
+def verdicts(phase, p, p_clean, y0, high, peers=(1, 0), threshold=None):
     """What each model is taught next: labels y (2, N) and the peer's verdict keep (2, N) bool.
 
     Phase 1: the zero-shot labels of the confident images. Phase 2: the peer's current labels, so
@@ -259,8 +260,7 @@ def verdicts(phase, p, p_clean, y0, high, threshold=None, single=False):
     of p_clean_y > 1/2 (for comparison). p (2, N, C), aligned; p_clean (2, N, C).
     """
     y, keep = [], []
-    for me, peer in ((0, 1), (1, 0)):
-        peer = me if single else peer
+    for me, peer in enumerate(peers):
         y.append(y0 if phase == 1 else p[peer].argmax(dim=1))                   # (N,)
         score = p_clean[peer] if threshold is None else p[peer]                 # (N, C)
         clean = score.gather(1, y[me][:, None])[:, 0] > (0.5 if threshold is None else threshold)
@@ -268,32 +268,32 @@ def verdicts(phase, p, p_clean, y0, high, threshold=None, single=False):
     return torch.stack(y), torch.stack(keep)
 
 
-def phase1_loss(model, me, x, y, keep, y_peer, y_bar, lam, gamma, neg_grad, autocast):
+def phase1_loss(model, me, x, y, keep, y_peer, y_bar, lam, balance, autocast):
     """Eq. (7): L_cls + lam L_neg (+ fairness), for the prompts and the light visual modules.
 
     L_neg sees every image, with the peer's label y_peer (B,): it will have to judge them all. t+
-    enters it as a constant; f(x) does not (unless neg_grad is off): V- also shapes f.
+    enters it as a constant; f(x) does not: V- also shapes f. x: this process's share of the batch.
     """
     tau = model.logit_scale.exp()
     with autocast():
         f, t_pos, t_neg = me.features(model, x), me.pos(model), me.neg(model)   # (B, D), (C, D) x 2
-    t_pos, t_neg = t_pos.float(), t_neg.float()
+    f, t_pos, t_neg = data.gather(f), t_pos.float(), t_neg.float()              # f: of all x
     l_pos, _ = logits(f, t_pos, t_neg, tau)                                     # (B, C)
-    judged = logits(f if neg_grad else f.detach(), t_pos.detach(), t_neg, tau)  # (B, C) x 2
+    judged = logits(f, t_pos.detach(), t_neg, tau)                              # (B, C) x 2
     loss = loss_cls(l_pos, y, keep) + lam * loss_neg(*judged, y_peer, y_bar)
-    return loss + gamma * keep.any() * fairness(l_pos)
+    return loss + balance * keep.any() * fairness(l_pos)
 
 
-def phase2_loss(model, me, x, y, keep, y_peer, y_bar, gamma, autocast):
+def phase2_loss(model, me, x, y, keep, y_peer, y_bar, balance, autocast):
     """Eq. (8): an augmented view learns the label that the peer gave the plain view. V- goes on
     learning to judge, but as a spectator: no gradient of L_neg reaches f or the classifier."""
     tau = model.logit_scale.exp()
     with autocast():
-        f, t_neg = me.features(model, x), me.neg(model).float()                 # (B, D), (C, D)
+        f, t_neg = data.gather(me.features(model, x)), me.neg(model).float()    # (B, D), (C, D)
     t = me.text(model)                                                          # (C, D)
     l, _ = logits(f, t, t_neg, tau)                                             # (B, C)
     judged = logits(f.detach(), t.detach(), t_neg, tau)                         # (B, C) x 2
-    loss = loss_cls(l, y, keep) + gamma * keep.any() * fairness(l)
+    loss = loss_cls(l, y, keep) + balance * keep.any() * fairness(l)
     return loss + loss_neg(*judged, y_peer, y_bar)
 
 
@@ -311,29 +311,30 @@ def ema_update(teacher, student, decay):
 
 
 def train_step(phase, step, pair, model, models, teachers, optimizers, schedules, scaler, tables,
-               args, autocast):
-    """Each model takes one step on its own batch, taught by its peer. Returns the mean loss.
+               peers, lam, balance, autocast):
+    """Each model takes one step on its own batch, taught by its peer. Returns what the log shows.
     pair: (x, i) per model; tables: y (2, N), keep (2, N), aligned posterior (2, N, C)."""
-    (y, keep, p), total, device = tables, 0.0, model.logit_scale.device
-    for me, peer in ((0, 1), (1, 0)):
-        peer = me if args.single else peer
+    (y, keep, p), device = tables, model.logit_scale.device
+    shown = {"loss": 0.0, "skipped": 0}                 # tensors, not read before the epoch's end
+    for me, peer in enumerate(peers):
         x, i = pair[me]                                                         # (B, 3, R, R), (B,)
         y_peer = p[peer, i].argmax(dim=1)                                       # (B,)
         y_bar = complementary_labels(p[peer, i], y_peer)                        # (B,)
         labels = [v.to(device, non_blocking=True) for v in (y[me, i], keep[me, i], y_peer, y_bar)]
         if phase == 1:
-            loss = phase1_loss(model, models[me], x, *labels, args.lam, args.gamma, args.neg_grad,
-                               autocast)
+            loss = models[me](partial(phase1_loss, model), x, *labels, lam, balance, autocast)
         else:
-            loss = phase2_loss(model, models[me], x, *labels, args.gamma, autocast)
+            loss = models[me](partial(phase2_loss, model), x, *labels, balance, autocast)
         optimizers[me].zero_grad()
         scaler.scale(loss).backward()
-        scaler.step(optimizers[me])
+        scaler.step(optimizers[me])                     # not if fp16 overflowed: then no EMA either
         schedules[me].step()
-        ema_update(teachers[me], models[me], 0.0 if phase == 1 else min(0.99, step / (step + 9)))
-        total += loss.item() / 2
-    scaler.update()
-    return total
+        skip = data.skipped(scaler, optimizers[me])
+        decay = 0.0 if phase == 1 else min(0.99, step / (step + 9))
+        ema_update(teachers[me], models[me], decay + (1 - decay) * skip)
+        shown = {"loss": shown["loss"] + loss.detach() / 2, "skipped": shown["skipped"] + skip}
+    scaler.update()                                     # once: it halves the scale if either did
+    return shown
 
 
 # ======== evaluation ========
@@ -352,7 +353,7 @@ def zero_shot(model, class_names, templates, batches, N, autocast):
         with autocast():
             f = model.encode_image(x)                                           # (B, D)
         p0[i] = posterior(F.normalize(f.float(), dim=-1), t0, tau).cpu()
-    return p0
+    return data.total(p0)
 
 
 def accuracy(p, y_true):
@@ -380,20 +381,15 @@ def diagnostics(p, p_clean, y, keep, y_true):
 
 def adapt(args):
     """The whole run: zero-shot, phase 1, phase 2, the files. Returns the summary."""
-    device = data.pick_device(args.device)
-    torch.manual_seed(args.seed)
-    found = data.load(args.data, args.classes, args.template)
+    device, found, model, clip_name = data.begin(args)
     names, N, N_test = found.class_names, len(found.train), len(found.test)
     y_true = found.train.y_true                                                 # diagnostics only
-    arch = args.arch or ("tiny" if args.data.split(":")[0] == "demo" else "ViT-B/16")
-    model, _ = clip.load(args.weights or arch, device=device)
-    if args.weights and args.arch:
-        clip.check_architecture(model, args.arch)
-    model.requires_grad_(False)
     if not args.peft.startswith("adapter") and not hasattr(model.visual, "transformer"):
         raise data.DataError(f"--peft {args.peft} needs a ViT; a ResNet takes --peft adapter")
     small = sum(v.numel() for v in model.visual.parameters()) < 10**7
     lr2 = args.lr2 if args.lr2 is not None else 3e-4 if small else 1e-5
+    peers = (0, 1) if args.judge == "self" else (1, 0)
+    threshold = args.judge if isinstance(args.judge, float) else None
     workers = data.pick_workers(args.workers, found.train)
     run = data.Run(args.out, {**vars(args), "found": found.description}, args.resume,
                    args.overwrite)
@@ -410,7 +406,7 @@ def adapt(args):
     p0, p0_test = (zero_shot(model, names, found.templates, b, n, autocast)
                    for b, n in ((plain, N), (test, N_test)))                    # (N, C) each
     zero = accuracy(p0_test, found.test.y_true)
-    y0, high = pseudo_labels(align(p0, args.align), args.rho)                   # (N,) each
+    y0, high = pseudo_labels(align(p0, args.balance), args.rho)                 # (N,) each
     run.say("no labels: predictions only" if zero is None else f"zero-shot accuracy {zero:.2f} %")
     data.check_label_order(found, zero)
 
@@ -419,7 +415,6 @@ def adapt(args):
                            for _ in range(2)).to(device)
     p, p_clean = torch.stack([p0, p0]), torch.ones(2, *p0.shape)                # until they differ
     p_test = None
-    saved, seen, busy = run.state, 0, 0.0                                       # images, seconds
     for phase, epochs, view in ((1, args.epochs1, weak),
                                 (2, args.epochs2, strong if args.strong_view else weak)):
         if phase == 2 and not epochs:
@@ -428,77 +423,67 @@ def adapt(args):
             for me in models:
                 me.unfreeze(model)
         teachers = copy.deepcopy(models).requires_grad_(False)
-        if saved and saved["phase"] > phase:
+        if run.state and run.state["phase"] > phase:
             continue
         loaders = [batches(found.train, view, shuffle=True, seed=4 * args.seed + 2 * phase + m,
                            drop_last=True) for m in range(2)]
         total = max(1, min(epochs * len(loaders[0]), args.max_steps or 10**9))          # steps
-        optimizers = [torch.optim.AdamW(me.groups(args.lr1, lr2), weight_decay=0.0)
-                      for me in models]
+        optimizers = [torch.optim.AdamW(me.groups(args.lr1, lr2), weight_decay=0.0,
+                                        fused=device.type == "cuda") for me in models]
         schedules = [torch.optim.lr_scheduler.LambdaLR(o, partial(warm_cosine, total=total))
                      for o in optimizers]
         parts = {"models": models, "teachers": teachers, "scaler": scaler,
                  **{f"optimizer{m}": o for m, o in enumerate(optimizers)},
                  **{f"schedule{m}": s for m, s in enumerate(schedules)}}
-        first = step = 0
-        if saved:
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
-            torch.set_rng_state(saved["rng"])
-            first, step, seen, busy = (saved[k] for k in ("epoch", "step", "seen", "busy"))
+        wrapped = [data.parallel(me) for me in models]
+        first, step, rows = 0, 0, []                    # rows: what the steps of this epoch showed
+        if run.state:                                   # perhaps from the middle of an epoch
+            saved = run.restore(parts)
+            first, step, rows, (p, p_clean) = (saved[k] for k in (
+                "epoch", "step", "rows", "tables"))
             for loader in loaders:
-                loader.sampler.epoch = first
-            saved, (p, p_clean) = None, judge(model, teachers, plain, N, autocast)
+                loader.sampler.epoch, loader.sampler.skip = first, len(rows)
 
         for epoch in range(first, epochs):
-            if step >= total:
+            if step >= total and not rows:
                 break
-            start, loss_sum, count = time.time(), 0.0, 0
-            aligned = torch.stack([align(q, args.align) for q in p])            # (2, N, C)
-            y, keep = verdicts(phase, aligned, p_clean, y0, high, args.threshold, args.single)
-            for step, pair in zip(range(step + 1, total + 1), zip(*loaders)):
-                loss_sum += train_step(phase, step, pair, model, models, teachers, optimizers,
-                                       schedules, scaler, (y, keep, aligned), args, autocast)
-                count, seen = count + 1, seen + sum(len(i) for _, i in pair)
-                speed = seen / (busy + time.time() - start)
-                run.live(f"phase {phase} epoch {epoch + 1}/{epochs} step {step}/{total} loss "
-                         f"{loss_sum / count:.3f} {speed:.0f} img/s, "
-                         f"{(total - step) * 2 * args.batch_size / speed:.0f} s left in this phase")
-            busy += time.time() - start
-            if not math.isfinite(loss_sum):
-                raise data.DataError(f"the loss became {loss_sum} in phase {phase}, epoch "
-                                     f"{epoch + 1}: lower --lr{phase}")
+            aligned = torch.stack([align(q, args.balance) for q in p])          # (2, N, C)
+            y, keep = verdicts(phase, aligned, p_clean, y0, high, peers, threshold)
+            for step, pair in run.steps(zip(range(step + 1, total + 1), zip(*loaders)),
+                                        2 * args.batch_size):
+                rows.append(train_step(phase, step, pair, model, wrapped, teachers, optimizers,
+                                       schedules, scaler, (y, keep, aligned), peers, args.lam,
+                                       args.balance, autocast))
+                run.live(lambda: f"phase {phase} epoch {epoch + 1}/{epochs} step {step}/{total} "
+                         f"loss {float(rows[-1]['loss']):.3f} {run.speed():.0f} img/s, "
+                         f"{(total - step) * 2 * args.batch_size / run.speed():.0f} s left here")
+            where = f"phase {phase}", step, f"--lr{phase}"
+            rows, facts = run.read(rows, *where)
+            if run.asked:                                                       # to stop
+                run.checkpoint(parts, phase=phase, epoch=epoch, step=step, rows=rows,
+                               tables=[p, p_clean])
             p, p_clean = judge(model, teachers, plain, N, autocast)             # (2, N, C) each
+            run.check([float(p.sum())], *where)
             p_test, clean_test = (p, p_clean) if found.test is found.train else judge(
                 model, teachers, test, N_test, autocast)
             score = accuracy(mean_prediction(p_test), found.test.y_true)
-            facts = diagnostics(p, p_clean, y, keep, y_true)
-            run.log(phase=phase, epoch=epoch + 1, loss=round(loss_sum / count, 4), accuracy=score,
-                    **facts, images_per_second=round(seen / busy),
-                    peak_memory_gb=data.peak_memory_gb(device),
-                    seconds=round(time.time() - run.start, 1))
-            run.say(f"phase {phase} epoch {epoch + 1}/{epochs}  loss {loss_sum / count:.3f}"
-                    + ("" if score is None else f"  accuracy {score:.2f} %") + "".join(
-                        f"  {k} {v}" for k, v in facts.items()) + f"  {seen / busy:.0f} img/s")
-            run.save("last.pt", {"phase": phase, "epoch": epoch + 1, "step": step, "seen": seen,
-                                 "busy": busy, "rng": torch.get_rng_state(), "log": run.lines,
-                                 "seconds": time.time() - run.start,
-                                 **{k: part.state_dict() for k, part in parts.items()}})
+            run.epoch({"phase": phase, "epoch": epoch + 1}, epochs, device, **facts,
+                      accuracy=score, **diagnostics(p, p_clean, y, keep, y_true))
+            rows = []
+            run.checkpoint(parts, phase=phase, epoch=epoch + 1, step=step, rows=rows,
+                           tables=[p, p_clean])
         if phase == 1 and epochs:
             data.pseudo_label_sheet(run.out / "pseudo_labels.png", found.train, names,
-                               mean_prediction(p), mean_prediction(p_clean))
+                                    mean_prediction(p), mean_prediction(p_clean))
 
     if p_test is None:                                                          # nothing to train
         p_test, clean_test = judge(model, teachers, test, N_test, autocast)
     data.write_predictions(run.out / "predictions.csv", found.test.names, names,
                            mean_prediction(p_test), mean_prediction(clean_test))
     run.save("model.pt", {"models": teachers.state_dict(), "class_names": names,
-                          "templates": found.templates, "peft": args.peft,
-                          "clip": os.path.basename(args.weights) if args.weights else arch})
+                          "templates": found.templates, "peft": args.peft, "clip": clip_name})
     summary = {"zero_shot": zero, "accuracy": accuracy(mean_prediction(p_test), found.test.y_true),
-               "seconds": round(time.time() - run.start, 1),
-               "images_per_second": round(seen / busy) if busy else None,
-               "peak_memory_gb": data.peak_memory_gb(device)}
+               **run.totals(device)}
     run.log(**summary)
     run.say(("" if zero is None else f"accuracy {summary['accuracy']:.2f} %, zero-shot was "
              f"{zero:.2f} %; ") + f"{summary['seconds']:.0f} s; results in {run.out}")
@@ -514,31 +499,17 @@ def peft(text):
     return f"{kind}:{size or usual[kind]}"
 
 
+def referee(text):
+    """argparse type of --judge."""
+    return text if text in ("peer", "self") else data.fraction(text)
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(
         description="CoFT: adapt CLIP to unlabelled images. Without arguments: the offline demo.",
         formatter_class=data.Help)
+    data.add_common(parser, "coft", 64, "images per step and model")
     add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
-    add("--data", default="demo", help="folder of images (see data.py), or demo[:STYLE]")
-    add("--classes", help="class names: a,b,c or a file with one per line")
-    add("--template", help="prompt with {} for the class name, or `ensemble`: the data set's and "
-        "seven more; default: the data set's hand-crafted one")
-    add("--arch", help="tiny, ViT-B/16, RN50, ...; default: tiny for the demo, else ViT-B/16")
-    add("--weights", help="CLIP weights from disk (OpenAI, open_clip, Hugging Face), instead "
-        "of a download; the architecture is inferred")
-    add("--out", help="run folder; default: the first free runs/coft-N")
-    add("--seed", type=int, default=0, help="of all that is random in training")
-    add("--device", help="cuda, cuda:1, mps, cpu; default: the best there is")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
-        help="mixed precision; auto: bf16 or fp16 on CUDA, off elsewhere")
-    add("--batch-size", type=data.positive, default=64, help="images per step and model")
-    add("--workers", type=data.natural, help="loader processes; default: 0 for images in memory, "
-        "else one per two cores, 4 at most")
-    add("--cache", type=data.gigabytes, default=4, metavar="GB", help="memory for decoded images; "
-        "if they need more they go to a temporary file; 0: decode them anew each time")
-    add("--max-steps", type=data.positive, help="stop each phase there, to try things out")
-    add("--resume", default=False, help="continue the run in --out", **switch)
-    add("--overwrite", default=False, help="replace the run in --out", **switch)
     add("--peft", type=peft, default="vpt", metavar="KIND[:SIZE]", help="light visual modules: vpt "
         "(deep prompts; 4 tokens), lora (on q and v; rank 4) or adapter (bottlenecks; width 16)")
     add("--epochs1", type=data.natural, default=6, help="of phase 1")
@@ -547,37 +518,18 @@ def parse(argv=None):
     add("--lr2", type=float, help="of the image encoder; default: 3e-4 for tiny, else 1e-5")
     add("--rho", type=data.fraction, default=0.3, help="share of the images to start from, Eq. 2")
     add("--lam", type=float, default=1.0, help="weight of L_neg, Eq. 7")
-    add("--gamma", type=float, default=1.0, help="weight of the fairness term; 0: off. "
-        "It wants batches with more images than there are classes")
-    add("--align", type=float, default=1.0, help="strength of distribution alignment; 0: off")
+    add("--balance", type=float, default=1.0, help="strength of distribution alignment, weight of "
+        "the fairness term; 0: off. It wants batches of more images than there are classes")
+    add("--judge", type=referee, default="peer", metavar="peer|self|T", help="whose p_clean_y "
+        "> 1/2 keeps an image: the peer's, the model's own; or keep it where the peer's p_y > T")
     add("--strong-view", default=False, help="phase 2 learns from RandAugment views", **switch)
-    add("--neg-grad", default=True, help="L_neg also trains the visual modules", **switch)
-    add("--threshold", type=float, help="keep where p_y is above it, instead of p_clean > 1/2")
-    add("--single", default=False, help="each model is its own peer, for comparison", **switch)
-    args = parser.parse_args(argv)
-    free = (f"runs/coft-{n}" for n in range(1, 10_000) if not os.path.exists(f"runs/coft-{n}"))
-    args.out = args.out or next(free)
-    return args
+    return parser.parse_args(argv)
 
 
+# same in prompt_align.py
 def main(argv=None):
-    """Command line. Returns the exit status: 0, 2 for a mistake of the user's, 130 if stopped."""
-    def stop(*_):
-        raise KeyboardInterrupt
-    signal.signal(signal.SIGTERM, stop)
-    args = parse(argv)
-    try:
-        adapt(args)
-    except (data.DataError, clip.CLIPError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-    except torch.cuda.OutOfMemoryError:
-        print(f"error: out of GPU memory, lower --batch-size {args.batch_size}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print(f"stopped; once an epoch is done: --resume --out {args.out}", file=sys.stderr)
-        return 130
-    else:
-        return 0
-    return 2
+    """Command line. Returns the exit status, see `data.command_line`."""
+    return data.command_line(adapt, parse(argv))
 
 
 if __name__ == "__main__":

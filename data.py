@@ -42,28 +42,34 @@ import pickle
 import random
 import re
 import shutil
+import signal
 import socket
 import struct
 import sys
 import tempfile
+import threading
 import time
+import traceback
 import unicodedata
 import warnings
 import weakref
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property, partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as T
 
@@ -322,9 +328,9 @@ class Kept:
 
 def keep_decoded(found, transforms, gb):
     """From now on each file of `found` is decoded once, and its pixels are kept: in memory up to
-    `gb` GB; if they need more, in a temporary file of at most half of the free disk space; else
-    they are decoded each time, with the same results. Returns a line that says which. Call it
-    before `view`.
+    `gb` GB, for all processes of this machine together; if they need more, in a temporary file of
+    at most half of the free disk space; else they are decoded each time, with the same results.
+    Returns a line that says which. Call it before `view`.
 
     Spawned loader processes (macOS, Windows) cannot share what is kept and decode anew.
     """
@@ -334,7 +340,7 @@ def keep_decoded(found, transforms, gb):
     sets = [(found.train, kinds)] + [(found.test, kinds[:1])] * (found.test is not found.train)
     if gb <= 0 or not all(images.sizes for images, _ in sets):
         return "images are decoded anew each time" + (" (too many to keep)" if gb > 0 else "")
-    kept = [Kept(images.sizes, some) for images, some in sets]
+    kept, gb = [Kept(images.sizes, some) for images, some in sets], gb / local_world()
     need, folder = sum(k.bytes for k in kept) / 2**30, tempfile.gettempdir()
     free = shutil.disk_usage(folder).free / 2**30
     try:
@@ -352,37 +358,60 @@ def keep_decoded(found, transforms, gb):
 
 
 class Order(Sampler):
-    """The order of each epoch and a seed for each item, both from (seed, epoch) alone: the same
-    batches for any number of workers. `epoch` is the one to come; each pass adds one."""
-    def __init__(self, indices, shuffle=False, seed=0, epoch=0):
+    """The batches of each epoch and a seed for each item, both from (seed, epoch) alone: the same
+    for any number of workers. `epoch` is the one to come, each pass adds one; `skip`: how many of
+    its batches the next pass leaves out.
+
+    Several processes: each takes its share of every batch if the order is shuffled (training), and
+    else its share of the images (a table that all then sum up, see `total`)."""
+    def __init__(self, indices, batch_size, shuffle=False, seed=0, epoch=0, drop_last=False):
         self.indices, self.shuffle, self.seed, self.epoch = list(indices), shuffle, seed, epoch
+        self.size, self.skip = batch_size if shuffle else max(1, batch_size // world()), 0
+        n = len(self.indices) if shuffle else len(share(self.indices))
+        self.used = n - n % (self.size if n >= self.size else world()) if drop_last else n
+        if drop_last and not self.used:
+            raise DataError(f"{n} training images are too few for {world()} processes")
 
     def __len__(self):
-        return len(self.indices)
+        return -(-self.used // self.size)
+
+    def batches(self):
+        """The batches of the next pass, those of all processes: lists of (index, seed)."""
+        g = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        n, first = len(self.indices), self.skip * self.size
+        self.epoch, self.skip = self.epoch + 1, 0
+        seeds = torch.randint(2**62, (n,), generator=g).tolist()
+        order = torch.randperm(n, generator=g).tolist() if self.shuffle else share(range(n))
+        items = [(self.indices[k], seeds[k]) for k in order[:self.used]]
+        return [items[k:k + self.size] for k in range(first, len(items), self.size)]
 
     def __iter__(self):
-        g = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        self.epoch += 1
-        n = len(self.indices)
-        seeds = torch.randint(2**62, (n,), generator=g).tolist()
-        order = torch.randperm(n, generator=g).tolist() if self.shuffle else range(n)
-        return iter([(self.indices[k], seeds[k]) for k in order])
+        self.whole = self.batches()                     # see `Batches`
+        return iter([share(b) if self.shuffle else b for b in self.whole])
 
 
 class Batches:
     """What `loader` returns: batches (x1, x2, ..., index), the x normalised floats (B, 3, R, R) on
-    the device. What crosses from the loader's processes and to the device is uint8."""
+    the device. What crosses from the loader's processes and to the device is uint8. Several
+    processes, shuffled: x is this one's share, (B / processes, 3, R, R), the index that of all."""
+    waited = 0.0                                        # seconds, for all loaders together
+
     def __init__(self, batches, device):
-        self.batches, self.sampler, self.device = batches, batches.sampler, torch.device(device)
+        self.batches, self.sampler = batches, batches.batch_sampler
+        self.device = torch.device(device)
         self.memory = []                                # [(of a former batch, who holds it)]
 
     def __len__(self):
         return len(self.batches)
 
     def __iter__(self):
-        for *views, index in self.batches:
+        start, batches = time.time(), iter(self.batches)
+        for whole in self.sampler.whole:
+            *views, _ = next(batches)
+            Batches.waited += time.time() - start
             yield (*(normalize(x.to(self.device, non_blocking=True), self.room(x)) for x in views),
-                   index)
+                   torch.tensor([i for i, _ in whole]))                         # (B,)
+            start = time.time()
 
     def room(self, x):
         """Where the floats go. On a CPU new memory costs more time than the arithmetic (7.6 instead
@@ -405,13 +434,18 @@ def loader(dataset, batch_size, shuffle=False, seed=0, workers=0, device="cpu", 
     or a new subset begins. drop_last drops nothing where that would leave no batch.
     """
     indices = range(len(dataset)) if subset is None else [int(i) for i in subset]
-    order = Order(indices, shuffle, seed, epoch)
-    batches = DataLoader(dataset, batch_size, sampler=order, num_workers=workers,
-                         drop_last=drop_last and len(order) >= batch_size,
+    order = Order(indices, batch_size, shuffle, seed, epoch, drop_last)
+    batches = DataLoader(dataset, batch_sampler=order, num_workers=workers,
                          pin_memory=torch.device(device).type == "cuda",
-                         persistent_workers=shuffle and workers > 0,
+                         persistent_workers=shuffle and workers > 0, worker_init_fn=worker,
                          generator=torch.Generator().manual_seed(0))    # not the global one
     return Batches(batches, device)
+
+
+def worker(_):
+    """A loader process leaves signals to the one that it works for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C goes to them all
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def pick_workers(workers, images):
@@ -420,7 +454,8 @@ def pick_workers(workers, images):
     if workers is not None:
         return workers
     forked = multiprocessing.get_start_method() == "fork"
-    return min(8, os.cpu_count() or 1) // 2 if forked and images.root else 0
+    each = (os.cpu_count() or 1) // local_world()
+    return min(8, each) // 2 if forked and images.root else 0
 
 
 # ---- layouts ----
@@ -1078,6 +1113,8 @@ def load(path, classes=None, template=None):
     own = wordnet(found.class_names or classes, root / inside, data_set, classes) if root else (
         found.class_names)
     names = check_classes(own, classes, unique=own == found.class_names)    # not with WordNet's
+    if len(names) == 1:
+        print(f"warning: {names[0]} is the only class: nothing to tell apart", file=sys.stderr)
     for files, labels in (found.train, found.test):
         if labels and not 0 <= min(labels) <= max(labels) < len(names):
             raise DataError(f"{path}: labels from {min(labels)} to {max(labels)}, but there are "
@@ -1182,17 +1219,17 @@ def class_list(classes):
         elif "," in text or not text.strip():
             classes = text.split(",")
         else:
-            raise DataError(f"--classes {text}: neither a file nor a list like a,b,c (two or more)")
+            raise DataError(f"--classes {text}: neither a file nor a list like a,b,c (of one: a,)")
     return check_classes([c for c in classes if c.strip() and not c.startswith("#")])
 
 
 def check_classes(names, wanted=None, unique=True):
     """Class names as they go into the prompt: spaces for underscores, `wanted`'s spelling if given.
-    DataError unless they are two or more, all different if they must be unique (ImageNet has two
+    DataError unless there are any, all different if they must be unique (ImageNet has two
     `missile`), and the same as `wanted` in its order."""
     names = [" ".join(_text(c).replace("_", " ").split()) for c in names]
-    if len(names) < 2 or "" in names:
-        raise DataError(f"at least two classes with a name are needed, got {names[:5]} "
+    if not names or "" in names:
+        raise DataError(f"classes with a name are needed, got {names[:5]} "
                         f"(--classes a,b,c or a file with one name per line)")
     twice = [c for c, n in Counter(map(str.casefold, names)).items() if n > 1]
     if twice and unique:
@@ -1612,11 +1649,56 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
+def add_common(parser, script, batch_size, images="images per step"):
+    """The flags that all scripts share. --out is the first free folder unless given."""
+    add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
+    free = next(f"runs/{script}-{n}" for n in range(1, 10_000)
+                if not os.path.exists(f"runs/{script}-{n}"))
+    add("--data", default="demo", help="folder of images (see data.py), or demo[:STYLE]")
+    add("--classes", help="class names: a,b,c or a file with one per line")
+    add("--template", help="prompt with {} for the class name, or `ensemble`: the data set's and "
+        "seven more; default: the data set's hand-crafted one")
+    add("--arch", help="tiny, ViT-B/16, RN50, ...; default: tiny for the demo, else ViT-B/16")
+    add("--weights", help="CLIP weights from disk (OpenAI, open_clip, Hugging Face), instead "
+        "of a download; the architecture is inferred")
+    add("--out", default=free, help="run folder")
+    add("--seed", type=int, default=0, help="of all that is random")
+    add("--device", help="cuda, cuda:1, mps, cpu; default: the best there is")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
+        help="mixed precision; auto: bf16 or fp16 on CUDA, off elsewhere")
+    add("--batch-size", type=positive, default=batch_size, help=f"{images}, of all processes")
+    add("--workers", type=natural, help="loader processes; default: 0 for images in memory, "
+        "else one per two cores, 4 at most")
+    add("--cache", type=gigabytes, default=4, metavar="GB", help="memory for decoded images; "
+        "if they need more they go to a temporary file; 0: decode them anew each time")
+    add("--max-steps", type=positive, help="stop (each phase) there, to try things out")
+    add("--resume", default=False, help="continue the run in --out", **switch)
+    add("--overwrite", default=False, help="replace the run in --out", **switch)
+
+
+def begin(args):
+    """(device, data, frozen CLIP, its name) of the flags above."""
+    device = pick_device(args.device)
+    torch.manual_seed(args.seed)
+    found = once(load, args.data, args.classes, args.template)
+    arch = args.arch or ("tiny" if args.data.split(":")[0] == "demo" else "ViT-B/16")
+    model, _ = in_turn(clip.load, args.weights or arch, device=device)
+    if args.weights and args.arch:
+        clip.check_architecture(model, args.arch)
+    name = os.path.basename(args.weights) if args.weights else arch
+    return device, found, model.requires_grad_(False), name
+
+
 def pick_device(name=None):
-    """torch.device of --device; without a name CUDA, then MPS, then CPU. DataError if unusable."""
+    """torch.device of --device; without a name CUDA, then MPS, then CPU. DataError if unusable.
+    Of several processes each takes a GPU of its own."""
     name = name or ("cuda" if torch.cuda.is_available() else
-                    "mps" if torch.backends.mps.is_available() else "cpu")
+                    "mps" if torch.backends.mps.is_available() and world() == 1 else "cpu")
+    if world() > 1 and name not in ("cuda", "cpu"):
+        raise DataError(f"--device {name}: of several processes each takes its own, give cuda")
     try:
+        if world() > 1 and name == "cuda":
+            torch.cuda.set_device(name := f"cuda:{os.environ['LOCAL_RANK']}")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
         raise DataError(f"--device {name} cannot be used: {str(e).splitlines()[0]}") from None
@@ -1628,8 +1710,18 @@ def precision(amp, device):
         bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
         amp = "bf16" if bf16 else "fp16" if device.type == "cuda" else "off"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16" and device.type == "cuda")
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16" and device.type != "mps")
+    if scaler.is_enabled():                             # its first steps often overflow
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
     return (lambda: torch.autocast(device.type, dtype) if dtype else nullcontext()), scaler
+
+
+def skipped(scaler, optimizer):
+    """1 if fp16 overflowed and `scaler.step(optimizer)` has just left the step out, else 0; with a
+    scaler at work a tensor on the device, which nothing has to wait for."""
+    if not scaler.is_enabled():
+        return 0
+    return sum(scaler._found_inf_per_device(optimizer).values()).clamp(max=1).squeeze()
 
 
 def above_zero(text):
@@ -1674,55 +1766,341 @@ def auroc(score, right):
     return round(float(area / (a * b)), 4) if a and b else None
 
 
-# ---- run folder ----
+# ---- several processes ----
+# torchrun starts them. Each has all weights and tables and draws the same random numbers; it
+# encodes its share of the images. With one process nothing here does anything.
+
+def world():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """Which one this is; the first, 0, prints, writes and downloads."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def local_world():
+    """How many of them are on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if world() > 1 else 1
+
+
+def share(items):
+    """This process's part, contiguous, of a list."""
+    n = len(items)
+    return items[n * rank() // world():n * (rank() + 1) // world()]
+
+
+def join(args):
+    """Joins the processes that torchrun has started: NCCL between GPUs, Gloo between CPUs."""
+    n = int(os.environ.get("WORLD_SIZE", 1))
+    if n == 1:
+        return
+    gpu = torch.cuda.is_available() and (args.device or "cuda").startswith("cuda")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=1))
+    if rank():
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    if args.batch_size % n:
+        raise DataError(f"--batch-size {args.batch_size} cannot be divided by {n} processes")
+    args.out = once(str, args.out)                      # which may be a free one's name
+
+
+def once(f, *args):
+    """f(*args) of the first process, for all."""
+    result = [f(*args) if rank() == 0 else None]
+    if world() > 1:
+        dist.broadcast_object_list(result, device=torch.device("cpu"))
+    return result[0]
+
+
+def in_turn(f, *args, **how):
+    """f(*args), which may download: first process, then each other machine's first, then all."""
+    turn = 0 if rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+    for k in range(3):
+        if k == turn:
+            result = f(*args, **how)
+        total(torch.zeros(1))                           # wait for each other
+    return result
+
+
+def total(table):
+    """The sum, in place, of all processes' tables: exact where one holds a row and the others 0."""
+    if world() > 1:
+        dist.all_reduce(table)
+    return table
+
+
+class _Gather(torch.autograd.Function):
+    """All processes then compute the same loss from the same tensor, so the sum of their gradients
+    is `world()` times the own one, and DistributedDataParallel's mean that of one process."""
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(world())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return share(grad) * world()
+
+
+def gather(x):
+    """All processes' x (B / processes, ...), with its gradient -> (B, ...)."""
+    return _Gather.apply(x) if world() > 1 else x
+
+
+def parallel(module):
+    """The module with its gradients averaged over the processes."""
+    return DistributedDataParallel(module, broadcast_buffers=False) if world() > 1 else module
+
+
+def average_gradients(optimizer):
+    """The same by hand, for gradients that all processes have computed from the same batch: keeps
+    them equal to the last bit."""
+    for v in (v for group in optimizer.param_groups for v in group["params"] if world() > 1):
+        total(v.grad.div_(world()))
+
+
+# ---- command line and run folder ----
+
+def command_line(adapt, args):
+    """Runs a script. Returns the exit status: 0, 2 for a mistake of the user's, 130 if stopped.
+
+    Ctrl-C and SIGTERM let the step under way finish, and save it (see `Run.steps`); outside the
+    steps, or the second time, they end the run at once. So do they with several processes.
+    """
+    Run.inside = Run.asked = False
+
+    def stop(*_):
+        if Run.asked or not Run.inside:
+            raise KeyboardInterrupt
+        Run.asked = True
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    for s, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(s, stop)
+    status, says = 2, ""
+    try:
+        join(args)
+        if world() > 1:
+            end_at_once(args.out)
+        adapt(args)
+        if world() > 1:
+            dist.destroy_process_group()
+        return 0
+    except (DataError, clip.CLIPError, OSError) as e:
+        says = f"error: {e}"
+    except torch.cuda.OutOfMemoryError:
+        says = f"error: out of GPU memory, lower --batch-size {args.batch_size}"
+    except KeyboardInterrupt:
+        status, says = 130, "stopped; " + whats_left(args.out)
+    except Exception as e:                              # a mistake of ours, or a process that left
+        if world() == 1 and not (Run.asked and "DataLoader worker" in str(e)):
+            raise
+        status, says = 1, traceback.format_exc()
+        if Run.asked:                                   # SIGTERM reached the loader's processes
+            status, says = 130, "stopped; " + whats_left(args.out)
+        elif re.search("(?i)gloo|nccl|closed by peer|reset by peer", str(e)):
+            time.sleep(2)                               # torchrun is about to end this one
+            says = "error: another process has ended"
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    if rank():
+        time.sleep(1)                                   # what all meet, the first one says
+        says = f"process {rank()}: {says}"
+    print(says, file=sys.__stderr__ if rank() else sys.stderr, flush=True)
+    if world() > 1:
+        os._exit(status)                                # to tidy up it would wait for the others
+    return status
+
+
+def whats_left(out):
+    """What a stopped run can go on from."""
+    return (f"--resume --out {out} continues it" if os.path.isfile(f"{out}/last.pt") else
+            f"no epoch is done yet, --resume --out {out} begins again")
+
+
+def end_at_once(out):
+    """Several processes: a signal ends this one even where it waits, in C++, for the others."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda *_: None)
+    signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+
+    def wait():
+        while ours.recv(1)[0] not in (signal.SIGINT, signal.SIGTERM):
+            pass
+        if rank() == 0:
+            print(f"stopped; the last finished epoch stays: {whats_left(out)}",
+                  file=sys.__stderr__, flush=True)
+        theirs.close()
+        os._exit(130)
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def replacing(path, mode="wb", **how):
+    """A file to write that takes the place of `path` when it is complete and on the disk: until
+    then the former one stays. DataError if it cannot be written. Only the first process writes."""
+    part, gone = Path(f"{path}.tmp" if rank() == 0 else os.devnull), rank() > 0
+    try:
+        with open(part, mode, **how) as file:
+            yield file
+            file.flush()
+            if not gone:
+                os.fsync(file.fileno())
+        if not gone:
+            os.replace(part, path)
+            gone = True
+    except (OSError, RuntimeError) as e:                # torch.save hides the OSError
+        reason = e
+        while not isinstance(reason, OSError) and reason.__context__:
+            reason = reason.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise DataError(f"cannot write {path}: {reason.strerror or reason}") from None
+    finally:
+        with suppress(OSError):
+            gone or part.unlink()
+
 
 class Run:
-    """The run folder (args.json, log.jsonl, last.pt) and the live line on the screen."""
+    """The run folder (args.json, log.jsonl, last.pt), the clock and the line on the screen. Of
+    several processes the first one writes."""
+    inside = asked = False              # in the steps; asked to stop after this one
+
     def __init__(self, out, args, resume=False, overwrite=False):
         self.out, self.start, self.shown, self.state = Path(out), time.time(), 0.0, None
-        self.lines = [args]
+        self.lines, self.seen, self.busy = [args], 0, 0.0       # images, seconds of training
         if resume:
-            if not (self.out / "last.pt").is_file():
-                raise DataError(f"--resume: no last.pt in {self.out}, nothing to continue")
-            try:
-                self.state = torch.load(self.out / "last.pt", map_location="cpu", weights_only=True)
-                self.lines, self.start = self.state["log"], self.start - self.state["seconds"]
-            except Exception as e:                      # torch.load raises nearly anything
-                raise DataError(f"{self.out / 'last.pt'} is not a checkpoint of this script: "
-                                f"{_reason(e)}") from None
+            self.read_state()
             other = [k for k, v in self.lines[0].items()
                      if k not in ("resume", "overwrite", "out", "device", "workers", "cache")
                      and args.get(k) != v]
             if other:
                 raise DataError(f"--resume: {self.out} was begun with other settings: "
                                      + ", ".join(f"{k} {self.lines[0][k]}" for k in other))
-        elif (self.out / "last.pt").exists() and not overwrite:
+        elif rank() == 0 and (self.out / "args.json").exists() and not overwrite:
             raise DataError(f"{self.out} already holds a run: give --resume to continue it, "
                                  f"--overwrite to replace it, or another --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-        for old in ("last.pt", "model.pt", "predictions.csv", "pseudo_labels.png",
-                    "disambiguated.csv"):
-            if not resume:
-                (self.out / old).unlink(missing_ok=True)
+        if rank() == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            old = () if resume else (self.out / name for name in (
+                "last.pt", "model.pt", "predictions.csv", "pseudo_labels.png", "disambiguated.csv"))
+            for file in (*old, *self.out.glob("*.tmp")):
+                file.unlink(missing_ok=True)
         self.write("args.json", json.dumps(self.lines[0], indent=2) + "\n")
         self.log()
 
+    def read_state(self):
+        """--resume: what last.pt holds; a run without one, but with args.json, begins again."""
+        path = self.out / "last.pt"
+        if not path.is_file():
+            if not (self.out / "args.json").is_file():
+                raise DataError(f"--resume: no args.json in {self.out}, nothing to continue")
+            self.lines = [read_json(self.out / "args.json")]
+            return
+        try:
+            self.state = torch.load(path, map_location="cpu", weights_only=True)
+            self.lines, self.start = self.state["log"], self.start - self.state["seconds"]
+        except Exception as e:                          # torch.load raises nearly anything
+            raise DataError(f"{path} is not a checkpoint of this script: {_reason(e)}") from None
+
+    def restore(self, parts):
+        """Gives each of {name: module, optimizer, ...} its state; the rest of last.pt."""
+        state, self.state = self.state, None
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["rng"])
+        self.seen, self.busy = state["clock"]
+        return state
+
+    def checkpoint(self, parts, **more):
+        """last.pt: the parts, the rest, the log so far. If asked to stop, the run ends here."""
+        rng = self.rng if Run.asked else torch.get_rng_state()  # a transform may have been at work
+        self.save("last.pt", {**more, **{k: part.state_dict() for k, part in parts.items()},
+                              "rng": rng, "clock": [self.seen, self.busy], "log": self.lines,
+                              "seconds": time.time() - self.start})
+        if Run.asked:
+            raise KeyboardInterrupt
+
     def write(self, name, text):
-        (self.out / name).write_text(text, encoding="utf-8")
+        if rank() == 0:
+            with replacing(self.out / name, "w", encoding="utf-8") as file:
+                file.write(text)
 
     def log(self, **line):
         self.lines += [line] if line else []
         self.write("log.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def save(self, name, content):
-        """Written beside, then moved: an interrupted write leaves the previous file intact."""
-        torch.save(content, self.out / f"{name}.tmp")
-        os.replace(self.out / f"{name}.tmp", self.out / name)
+        """An interrupted write leaves the previous file intact."""
+        if rank() == 0:
+            with replacing(self.out / name) as file:
+                torch.save(content, file)
+
+    def steps(self, batches, images):
+        """Passes on the batches of an epoch, of so many images, until it is asked to stop."""
+        self.mark, self.rng = (time.time(), Batches.waited), torch.get_rng_state()
+        try:
+            for batch in batches:
+                Run.inside = True
+                yield batch
+                self.seen, self.rng = self.seen + images, torch.get_rng_state()
+                Run.inside = False
+                if Run.asked:
+                    break
+        except KeyboardInterrupt:                       # while it waited for a batch
+            Run.asked = True
+
+    def speed(self):
+        """Images per second of training, of all processes; in the steps."""
+        return self.seen / (self.busy + time.time() - self.mark[0])
+
+    def read(self, rows, where, step, lower):
+        """The epoch's steps, each {name: number or 0-dim tensor}, as numbers; their means. Ends the
+        run if a loss is not finite: `where`, the last `step`, the flag that wants lowering."""
+        rows = [{k: float(v) for k, v in row.items()} for row in rows]
+        seconds = time.time() - self.mark[0]            # the device has nothing left to do
+        self.busy += seconds
+        self.check([row["loss"] for row in rows], where, step, lower)
+        facts = {k: round(sum(row[k] for row in rows) / len(rows), 4) for k in (rows or [{}])[0]}
+        waited = (Batches.waited - self.mark[1]) / max(seconds, 1e-9)
+        return rows, {**facts, "skipped": round(sum(row["skipped"] for row in rows)),
+                      "waiting": round(min(waited, 1), 3)}
+
+    def check(self, losses, where, step, lower):
+        """DataError if one of these losses, of the steps up to `step`, is not finite."""
+        bad = [k for k, loss in enumerate(losses) if not math.isfinite(loss)]
+        if bad:
+            kept = "holds the last good epoch" if (self.out / "last.pt").exists() else "is absent"
+            raise DataError(f"the loss became {losses[bad[0]]} in {where}, step "
+                            f"{step - len(losses) + 1 + bad[0]}: lower {lower}; last.pt {kept}")
+
+    def epoch(self, at, epochs, device, loss, skipped, waiting, **facts):
+        """The line of an epoch, in log.jsonl and printed; at: {"phase": if any, "epoch"}."""
+        facts = {"loss": loss, **facts, "skipped": skipped, "waiting": waiting,
+                 **self.totals(device)}
+        self.log(**at, **facts)
+        shown = {k: v for k, v in facts.items() if v is not None and k not in (
+            "seconds", "images_per_second") and (v or k != "skipped")}
+        percent = ("accuracy", "disambiguation", "supervised")
+        self.say(" ".join(f"{k} {v}" for k, v in at.items()) + f"/{epochs}" + "".join(
+            f"  {k} {v:.2f} %" if k in percent else f"  {k} {v:.4g}" for k, v in shown.items())
+            + f"  {facts['images_per_second']} img/s")
+
+    def totals(self, device):
+        """What it took so far."""
+        return {"seconds": round(time.time() - self.start, 1),
+                "images_per_second": round(self.seen / self.busy) if self.busy else None,
+                "peak_memory_gb": peak_memory_gb(device)}
 
     def live(self, text):
-        """A line that the next one overwrites; on a terminal only."""
+        """A line, text(), that the next one overwrites; on a terminal only, and not always."""
         if sys.stdout.isatty() and time.time() - self.shown > 0.2:
-            print(f"\r{text[:99]:<99}", end="", flush=True)
+            print(f"\r{text()[:99]:<99}", end="", flush=True)
             self.shown = time.time()
 
     def say(self, text):
@@ -1746,7 +2124,7 @@ def write_predictions(path, names, class_names, p, p_clean):
     confidence, y = p.max(dim=1)
     rows = zip(names, (class_names[k] for k in y), confidence.tolist(),
                p_clean.gather(1, y[:, None])[:, 0].tolist())
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with replacing(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["path", "class", "confidence", "p_clean"])
         table.writerows((n, c, f"{a:.4f}", f"{b:.4f}") for n, c, a, b in rows)
@@ -1765,7 +2143,8 @@ def draw_sheet(path, titles, rows, cell=56, columns=8):
         for x0, pictures in zip((left, right), halves):
             for j, picture in enumerate(pictures[:columns]):
                 sheet.paste(ImageOps.fit(picture, (cell - 2, cell - 2)), (x0 + j * cell, top))
-    sheet.save(path, "PNG")
+    with replacing(path) as file:
+        sheet.save(file, "PNG")
 
 
 def pseudo_label_sheet(path, images, class_names, p, p_clean):

@@ -42,7 +42,6 @@ import copy
 import csv
 import math
 import os
-import signal
 import sys
 import time
 from functools import partial
@@ -90,7 +89,7 @@ def loss_weighted(l, c):
 def log_one_minus(l):
     """log(1 - p_k), exact also where p_k, which must be the largest, rounds to 1. (B, C)."""
     top = l.argmax(dim=1, keepdim=True)                                         # (B, 1)
-    rest = l.scatter(1, top, -math.inf).logsumexp(dim=1) - l.logsumexp(dim=1)   # (B,)
+    rest = l.scatter(1, top, torch.finfo(l.dtype).min).logsumexp(dim=1) - l.logsumexp(dim=1)  # (B,)
     others = l.softmax(dim=1).scatter(1, top, 0.0)                              # (B, C), <= 1/2
     return torch.log1p(-others).scatter(1, top, rest[:, None])
 
@@ -142,7 +141,7 @@ def balance(pll, align):
 def information(S):
     """Eq. (12), decided here: how much the sets tell, mean of 1 - log|S| / log C: 1 if they hold a
     single label, 0 if they hold all. S (B, C) bool."""
-    return 1 - (S.sum(dim=1).float().log() / math.log(S.shape[1])).mean()
+    return 1 - (S.sum(dim=1).float().log() / (math.log(S.shape[1]) or 1)).mean()
 
 
 # ======== modules ========
@@ -231,30 +230,39 @@ class Features:
     """Each epoch's batches: features of augmented images (A, B, D), their indices (B,).
 
     The tower is frozen: with --cache-features those of PASSES epochs are kept and used in turn;
-    without, an image is encoded once per step.
+    without, an image is encoded once per step. Several processes encode a share each.
     """
-    def __init__(self, model, load, args, autocast):
-        self.model, self.load, self.args, self.autocast = model, load, args, autocast
-        self.batches = load(args.batch_size, shuffle=True, drop_last=True)
+    def __init__(self, model, load, A, batch_size, cached, autocast):
+        self.model, self.load, self.A, self.cached, self.autocast = model, load, A, cached, autocast
+        self.size, self.batches = batch_size, load(batch_size, shuffle=True, drop_last=True)
         self.kept = {}                                                  # {pass: (A, N, D)}
 
     @torch.no_grad()
     def encode(self, x):
-        """A x (B, 3, R, R) -> unit features (A, B, D), on the CPU."""
+        """A x (B, 3, R, R) -> unit features (A, B, D)."""
         with self.autocast():
             f = self.model.encode_image(torch.cat(x))                           # (A B, D)
-        return F.normalize(f.float(), dim=1).unflatten(0, (len(x), -1)).cpu()
+        return F.normalize(f.float(), dim=1).unflatten(0, (len(x), -1))
 
-    def epoch(self, e):
-        self.batches.sampler.epoch, k = e, e % PASSES                   # order and augmentations
-        if not self.args.cache_features:
-            yield from ((self.encode(x), i) for *x, i in self.batches)
+    def table(self, batches, A, N):
+        """The features of N images, (A, N, D), on the CPU."""
+        f = torch.zeros(A, N, self.model.visual.output_dim)
+        for *x, i in batches:
+            f[:, i] = self.encode(x).cpu()
+        return data.total(f)
+
+    def epoch(self, e, skip=0):
+        """Those of epoch e, without its first `skip` batches."""
+        order, k = self.batches.sampler, e % PASSES                     # order and augmentations
+        order.epoch, order.skip = e, skip
+        if not self.cached:
+            for *x, i in self.batches:
+                yield data.gather(self.encode(x).transpose(0, 1)).transpose(0, 1), i
             return
         if k not in self.kept:
-            self.kept[k] = torch.cat([self.encode(x) for *x, _ in
-                                      self.load(self.args.batch_size, epoch=k)], dim=1)
-        order = torch.tensor([i for i, _ in self.batches.sampler])              # (N,)
-        for i in order.split(self.args.batch_size)[:len(self.batches)]:         # as drop_last
+            self.kept[k] = self.table(self.load(self.size, epoch=k), self.A, len(order.indices))
+        for batch in order.batches():
+            i = torch.tensor([i for i, _ in batch])                             # (B,)
             yield self.kept[k][:, i], i
 
 
@@ -267,11 +275,13 @@ def logits(model, prompt, f, autocast):
 
 def train_step(objective, teacher, epoch, progress, f, i, model, prompt, contrast, tables, descent,
                autocast):
-    """One step on the features f (A, B, D) of the images i (B,). tables: candidate sets (N, C),
-    confidences (N, C), hand-crafted classifier (C, D). Without a teacher: the objective alone.
-    Returns what the log shows."""
+    """One step on the features f (A, B, D) of the images i (B,). tables: candidate sets (N, C), on
+    the CPU, confidences (N, C), hand-crafted classifier (C, D). Without a teacher: the objective
+    alone. Returns what the log shows."""
     sets, table, t_hand = tables
-    f, S, c = (v.to(t_hand.device) for v in (f, sets[i], table[i]))             # S, c (B, C)
+    u = float(information(sets[i]))
+    f, S, i = (v.to(t_hand.device, non_blocking=True) for v in (f, sets[i], i))     # S (B, C)
+    c = table[i]                                                                # (B, C)
     l, extra = logits(model, prompt, f, autocast), 0.0                          # (A, B, C)
     l_hand = model.logit_scale.exp() * f[0] @ t_hand.T                          # (B, C)
 
@@ -284,32 +294,34 @@ def train_step(objective, teacher, epoch, progress, f, i, model, prompt, contras
             best = masked_softmax(z @ contrast.prototypes.T, S).argmax(dim=1)   # (B,)
             phi = 0.95 - 0.15 * progress
             c = phi * c + (1 - phi) * F.one_hot(best, S.shape[1])               # (B, C)
-            table[i] = c.cpu()
+            table[i] = c
         contrast.update(z.detach(), key, y)
 
     loss = pll = pll_loss(objective, l, S, c, min(2 * progress, 1))
     if teacher:
         released = teacher == "handcrafted"
-        alpha, u = (1.0, 0.5) if released else (1 - progress / 2, information(S).item())
+        alpha, u = (1.0, 0.5) if released else (1 - progress / 2, u)
         align = loss_weighted(l[0], mixed_posterior(l[0], l_hand, S, alpha))
         w = balance(pll, align)
         loss = u * pll + (1 - u) * w * align
-        shown = {"align": align.item(), "w": w.item(), "alpha": alpha, "u": u}
+        shown = {"align": align.detach(), "w": w, "alpha": alpha, "u": u}
     else:
         shown = {}
     optimizer, schedule, scaler = descent
     optimizer.zero_grad()
     scaler.scale(loss + extra).backward()
-    scaler.step(optimizer)
+    data.average_gradients(optimizer)
+    scaler.step(optimizer)                                              # not if fp16 overflowed
     schedule.step()
+    skip = data.skipped(scaler, optimizer)
 
     if objective == "rc":                                               # RC asks the new V
         with torch.no_grad():
             l = logits(model, prompt, f, autocast)                              # (A, B, C)
     if objective in ("rc", "proden", "lws", "crdpll"):
-        table[i] = confidence(objective, l, S).cpu()
+        table[i] = confidence(objective, l, S)
     scaler.update()
-    return {"loss": loss.item(), "pll": pll.item(), **shown}
+    return {"loss": loss.detach(), "pll": pll.detach(), **shown, "skipped": skip}
 
 
 # ======== evaluation ========
@@ -350,7 +362,7 @@ def nearest_words(model, V):
 def write_disambiguated(path, images, class_names, S, l):
     """disambiguated.csv: each training image, its candidates, the likeliest one. l, S (N, C)."""
     score, y = masked_softmax(l, S).max(dim=1)                                  # (N,) each
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with data.replacing(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["image", "candidates", "label", "confidence"])
         for image, row, k, q in zip(images.names, S.tolist(), y.tolist(), score.tolist()):
@@ -372,28 +384,22 @@ def made_candidates(args, images, class_names, p0):
 
 def adapt(args):
     """The whole run: zero-shot, candidates, training, the files. Returns the summary."""
-    device = data.pick_device(args.device)
-    if args.candidates not in MADE and not os.path.isfile(args.candidates):
+    made = args.candidates in MADE
+    if not (made or os.path.isfile(args.candidates)):
         raise data.DataError(f"--candidates {args.candidates}: expected uniform, instance or a CSV "
                              f"or JSON file")
-    found = data.load(args.data, args.classes, args.template)
-    if args.candidates in MADE and found.train.y_true is None:
+    device, found, model, clip_name = data.begin(args)
+    if made and found.train.y_true is None:
         raise data.DataError("the training images have no labels to make candidate sets from: give "
                              "--candidates FILE (CSV or JSON: image, its possible classes)")
-    arch = args.arch or ("tiny" if args.data.split(":")[0] == "demo" else "ViT-B/16")
-    model, _ = clip.load(args.weights or arch, device=device)
-    if args.weights and args.arch:
-        clip.check_architecture(model, args.arch)
-    model.requires_grad_(False)
     usual = TINY if model.visual.output_dim < 512 else CLIP
     L, lr, epochs, shots = (u if given is None else given for given, u in zip(
         (args.ctx, args.lr, args.epochs, args.shots), usual))
-    K = shots if args.candidates in MADE else args.shots                # a FILE: all, unless asked
+    K = shots if made else args.shots                                   # a FILE: all, unless asked
     if K:
         found.train = found.train.subset(data.few_shot(found.train, K, args.seed))
     names, y_true, y_test = found.class_names, found.train.y_true, found.test.y_true
-    given = None if args.candidates in MADE else data.read_candidates(
-        args.candidates, found.train, names)
+    given = None if made else data.read_candidates(args.candidates, found.train, names)
     workers = data.pick_workers(args.workers, found.train)
     autocast, _ = data.precision(args.amp, device)
     plain, weak, strong = views = data.transforms(model.visual.input_resolution)
@@ -404,9 +410,10 @@ def adapt(args):
 
     load = partial(data.loader, seed=args.seed, workers=workers, device=device)
     shown = {"crdpll": (weak, weak, strong), "pico": (weak, strong)}.get(args.objective, (weak,))
-    features = Features(model, partial(load, found.train.view(*shown)), args, autocast)
-    f_train, f_test = (torch.cat([features.encode(x)[0] for *x, _ in load(
-        images.view(plain), args.batch_size)]) for images in (found.train, found.test))  # (N, D)
+    features = Features(model, partial(load, found.train.view(*shown)), len(shown),
+                        args.batch_size, args.cache_features, autocast)
+    f_train, f_test = (features.table(load(images.view(plain), args.batch_size), 1, len(images))[0]
+                       for images in (found.train, found.test))                 # (N, D)
     t_hand, tau = hand_crafted(model, names, found.templates, autocast), model.logit_scale.exp()
     p0, p0_test = (posterior(f, t_hand.cpu(), tau.cpu()) for f in (f_train, f_test))    # (N, C)
     sets, about = given or made_candidates(args, found.train, names, p0)        # (N, C) bool
@@ -418,7 +425,7 @@ def adapt(args):
     torch.manual_seed(args.seed)
     prompt, contrast = Prompt(model, names, found.templates[0], L).to(device), None
     reference = copy.deepcopy(prompt) if args.supervised and y_true is not None else None
-    table = confidence(args.objective, torch.zeros(1, *sets.shape), sets)       # uniform, (N, C)
+    table = confidence(args.objective, torch.zeros(1, *sets.shape), sets).to(device)    # (N, C)
     total = max(1, min(epochs * len(features.batches), args.max_steps or 10**9))   # steps
     parts, descents = {}, []
     if args.objective == "pico":
@@ -429,7 +436,8 @@ def adapt(args):
         groups = [{"params": learner.parameters(), "lr": lr}]
         if name == "prompt" and contrast is not None:
             groups.append({"params": contrast.head.parameters(), "lr": 0.01})
-        optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4)    # as CoOp
+        optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4,    # as CoOp
+                                    fused=device.type == "cuda")
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda k: 0.5 + 0.5 * math.cos(math.pi * k / total))
         parts |= {name: learner, f"{name} optimizer": optimizer, f"{name} schedule": schedule}
@@ -438,50 +446,43 @@ def adapt(args):
         descents.append((optimizer, schedule, scaler))
     if reference is not None:           # true labels, the only candidates: CoOp, arXiv 2109.01134
         one = F.one_hot(y_true, len(names)).float()                             # (N, C)
-        truth = one.bool(), one, t_hand
-    step = first = seen = 0                                                     # seen: images
-    busy, saved = 0.0, run.state                                                # busy: seconds
-    if saved:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        table, (first, step, seen, busy) = saved["table"], saved["counts"]
+        truth = one.bool(), one.to(device), t_hand
+    first, step, rows = 0, 0, []                        # rows: what the steps of this epoch showed
+    if run.state:                                       # perhaps from the middle of an epoch
+        saved = run.restore(parts)
+        first, step, rows = (saved[k] for k in ("epoch", "step", "rows"))
+        table = saved["table"].to(device)
 
     for epoch in range(first, epochs):
-        if step >= total:
+        if step >= total and not rows:
             break
-        start, spare, facts = time.time(), 0.0, []
-        for step, (f, i) in zip(range(step + 1, total + 1), features.epoch(epoch)):
+        for step, (f, i) in run.steps(zip(range(step + 1, total + 1), features.epoch(
+                epoch, len(rows))), args.batch_size):
             now = (epoch, (step - 1) / total, f, i, model)
-            facts.append(train_step(args.objective, args.align and args.teacher, *now, prompt,
-                                    contrast, (sets, table, t_hand), descents[0], autocast))
+            rows.append(train_step(args.objective, args.align and args.teacher, *now, prompt,
+                                   contrast, (sets, table, t_hand), descents[0], autocast))
             if reference is not None:                                           # diagnostics only
                 pause = time.time()
                 train_step("naive", None, *now, reference, None, truth, descents[1], autocast)
-                spare += time.time() - pause
-            seen += len(i)
-            speed = seen / (busy + time.time() - start - spare)
-            run.live(f"epoch {epoch + 1}/{epochs} step {step}/{total} loss "
-                     f"{facts[-1]['loss']:.3f} {speed:.0f} img/s, "
-                     f"{(total - step) * args.batch_size / speed:.0f} s left")
-        busy += time.time() - start - spare
-        line = {k: round(sum(x[k] for x in facts) / len(facts), 4) for k in facts[0]}
-        if not math.isfinite(line["loss"]):
-            raise data.DataError(f"the loss became {line['loss']} in epoch {epoch + 1}: lower --lr")
-        line["accuracy"] = accuracy(predict(model, prompt, f_test, autocast), y_test)
+                run.busy -= time.time() - pause
+            run.live(lambda: f"epoch {epoch + 1}/{epochs} step {step}/{total} loss "
+                     f"{float(rows[-1]['loss']):.3f} {run.speed():.0f} img/s, "
+                     f"{(total - step) * args.batch_size / run.speed():.0f} s left")
+        where = "training", step, "--lr"
+        rows, line = run.read(rows, *where)
+        if run.asked:                                                           # to stop
+            run.checkpoint(parts, epoch=epoch, step=step, rows=rows, table=table)
+        l = predict(model, prompt, f_test, autocast)                            # (N, C)
+        run.check([float(l.sum())], *where)
+        line["accuracy"] = accuracy(l, y_test)
         if y_true is not None:                                                  # diagnostics only
             l = predict(model, prompt, f_train, autocast)                       # (N, C)
             line["disambiguation"] = accuracy(l.masked_fill(~sets, -math.inf), y_true)
         if reference is not None:                                               # diagnostics only
             line["supervised"] = accuracy(predict(model, reference, f_test, autocast), y_test)
-        line |= {"images_per_second": round(seen / busy),
-                 "peak_memory_gb": data.peak_memory_gb(device)}
-        run.log(epoch=epoch + 1, **line, seconds=round(time.time() - run.start, 1))
-        run.say(f"epoch {epoch + 1}/{epochs}  " + "  ".join(
-            f"{k} {v:.4g}" for k, v in line.items() if v is not None and "_" not in k)
-            + f"  {line['images_per_second']} img/s")
-        run.save("last.pt", {
-            "counts": [epoch + 1, step, seen, busy], "table": table, "log": run.lines,
-            "seconds": time.time() - run.start, **{k: v.state_dict() for k, v in parts.items()}})
+        run.epoch({"epoch": epoch + 1}, epochs, device, **line)
+        rows = []
+        run.checkpoint(parts, epoch=epoch + 1, step=step, rows=rows, table=table)
 
     l, l_test = (predict(model, prompt, f, autocast) for f in (f_train, f_test))    # (N, C) each
     write_disambiguated(run.out / "disambiguated.csv", found.train, names, sets, l)
@@ -490,15 +491,11 @@ def adapt(args):
     words = nearest_words(model, prompt.V)
     run.say("words nearest to the context (and distance): " + ", ".join(words))
     run.save("model.pt", {"prompt": prompt.state_dict(), "ctx": L, "class_names": names,
-                          "template": found.templates[0],
-                          "clip": os.path.basename(args.weights) if args.weights else arch})
+                          "template": found.templates[0], "clip": clip_name})
     top = None if reference is None else predict(model, reference, f_test, autocast)
     summary = {"zero_shot": zero, "accuracy": accuracy(l_test, y_test),
                "supervised": None if reference is None else accuracy(top, y_test),
-               "candidates": about, "nearest_words": words,
-               "seconds": round(time.time() - run.start, 1),
-               "images_per_second": round(seen / busy) if busy else None,
-               "peak_memory_gb": data.peak_memory_gb(device)}
+               "candidates": about, "nearest_words": words, **run.totals(device)}
     run.log(**summary)
     run.say("".join(f"{k.replace('_', '-')} {summary[k]:.2f} %, " for k in (
         "zero_shot", "supervised", "accuracy") if summary[k] is not None)
@@ -510,26 +507,8 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(
         description="Learn a CLIP prompt from candidate labels. Without arguments: the demo.",
         formatter_class=data.Help)
+    data.add_common(parser, "prompt_align", 32)
     add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
-    add("--data", default="demo", help="folder of images (see data.py), or demo[:STYLE]")
-    add("--classes", help="class names: a,b,c or a file with one per line")
-    add("--template", help="prompt with {} for the class name, or `ensemble`: the data set's and "
-        "seven more; default: the data set's hand-crafted one")
-    add("--arch", help="tiny, ViT-B/16, RN50, ...; default: tiny for the demo, else ViT-B/16")
-    add("--weights", help="CLIP weights from disk, instead of a download; tells the architecture")
-    add("--out", help="run folder; default: the first free runs/prompt_align-N")
-    add("--seed", type=int, default=0, help="of all that is random, with candidates and shots")
-    add("--device", help="cuda, cuda:1, mps, cpu; default: the best there is")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
-        help="mixed precision; auto: bf16 or fp16 on CUDA, off elsewhere")
-    add("--batch-size", type=data.positive, default=32, help="images per step")
-    add("--workers", type=data.natural, help="loader processes; default: 0 for images in memory, "
-        "else one per two cores, 4 at most")
-    add("--cache", type=data.gigabytes, default=4, metavar="GB", help="memory for decoded images; "
-        "if they need more they go to a temporary file; 0: decode them anew each time")
-    add("--max-steps", type=data.positive, help="stop there, to try things out")
-    add("--resume", default=False, help="continue the run in --out", **switch)
-    add("--overwrite", default=False, help="replace the run in --out", **switch)
     add("--objective", choices=OBJECTIVES, default="cc", help="Eq. 3-9")
     add("--align", default=True, help="Eq. 11; without: the objective alone", **switch)
     add("--teacher", choices=["mixed", "handcrafted"], default="mixed", help="Eq. 10; handcrafted: "
@@ -549,31 +528,13 @@ def parse(argv=None):
     args = parser.parse_args(argv)
     if not 0 <= args.q <= 1:
         parser.error(f"argument --q: expected a number in [0, 1], got {args.q}")
-    free = (f"runs/prompt_align-{n}" for n in range(1, 10_000)
-            if not os.path.exists(f"runs/prompt_align-{n}"))
-    args.out = args.out or next(free)
     return args
 
 
 # same in coft.py
 def main(argv=None):
-    """Command line. Returns the exit status: 0, 2 for a mistake of the user's, 130 if stopped."""
-    def stop(*_):
-        raise KeyboardInterrupt
-    signal.signal(signal.SIGTERM, stop)
-    args = parse(argv)
-    try:
-        adapt(args)
-    except (data.DataError, clip.CLIPError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-    except torch.cuda.OutOfMemoryError:
-        print(f"error: out of GPU memory, lower --batch-size {args.batch_size}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print(f"stopped; once an epoch is done: --resume --out {args.out}", file=sys.stderr)
-        return 130
-    else:
-        return 0
-    return 2
+    """Command line. Returns the exit status, see `data.command_line`."""
+    return data.command_line(adapt, parse(argv))
 
 
 if __name__ == "__main__":
