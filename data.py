@@ -368,7 +368,9 @@ class Order(Sampler):
         self.indices, self.shuffle, self.seed, self.epoch = list(indices), shuffle, seed, epoch
         self.size, self.skip = batch_size if shuffle else max(1, batch_size // world()), 0
         n = len(self.indices) if shuffle else len(share(self.indices))
-        self.used = n - n % (self.size if n >= self.size else world()) if drop_last else n
+        self.used, self.whole = n, []
+        if drop_last:
+            self.used -= n % (self.size if n >= self.size else world())
         if drop_last and not self.used:
             raise DataError(f"{n} training images are too few for {world()} processes")
 
@@ -383,10 +385,10 @@ class Order(Sampler):
         seeds = torch.randint(2**62, (n,), generator=g).tolist()
         order = torch.randperm(n, generator=g).tolist() if self.shuffle else share(range(n))
         items = [(self.indices[k], seeds[k]) for k in order[:self.used]]
-        return [items[k:k + self.size] for k in range(first, len(items), self.size)]
+        self.whole = [items[k:k + self.size] for k in range(first, len(items), self.size)]
+        return self.whole
 
-    def __iter__(self):
-        self.whole = self.batches()                     # see `Batches`
+    def __iter__(self):                                 # DataLoader may ask twice, `Batches` begins
         return iter([share(b) if self.shuffle else b for b in self.whole])
 
 
@@ -405,8 +407,9 @@ class Batches:
         return len(self.batches)
 
     def __iter__(self):
-        start, batches = time.time(), iter(self.batches)
-        for whole in self.sampler.whole:
+        start, wholes = time.time(), self.sampler.batches()
+        batches = iter(self.batches)
+        for whole in wholes:
             *views, _ = next(batches)
             Batches.waited += time.time() - start
             yield (*(normalize(x.to(self.device, non_blocking=True), self.room(x)) for x in views),
@@ -1851,7 +1854,9 @@ def gather(x):
 
 def parallel(module):
     """The module with its gradients averaged over the processes."""
-    return DistributedDataParallel(module, broadcast_buffers=False) if world() > 1 else module
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                 # newer versions call it otherwise
+        return DistributedDataParallel(module, broadcast_buffers=False) if world() > 1 else module
 
 
 def average_gradients(optimizer):
