@@ -446,9 +446,11 @@ def loader(dataset, batch_size, shuffle=False, seed=0, workers=0, device="cpu", 
 
 
 def worker(_):
-    """A loader process leaves signals to the one that it works for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C goes to them all
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """A loader process leaves Ctrl-C, which reaches them all, to the one that it works for, and to
+    SIGTERM it gives ten seconds to finish its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
 def pick_workers(workers, images):
@@ -1900,14 +1902,16 @@ def command_line(adapt, args):
     except KeyboardInterrupt:
         status, says = 130, "stopped; " + whats_left(args.out)
     except Exception as e:                              # a mistake of ours, or a process that left
-        if world() == 1 and not (Run.asked and "DataLoader worker" in str(e)):
+        lost = Run.asked and "DataLoader worker" in str(e)      # SIGTERM ended one of the loader's
+        if world() == 1 and not lost:
             raise
-        status, says = 1, traceback.format_exc()
-        if Run.asked:                                   # SIGTERM reached the loader's processes
+        if lost:
             status, says = 130, "stopped; " + whats_left(args.out)
         elif re.search("(?i)gloo|nccl|closed by peer|reset by peer", str(e)):
             time.sleep(2)                               # torchrun is about to end this one
             says = "error: another process has ended"
+        else:
+            status, says = 1, traceback.format_exc()
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
