@@ -450,7 +450,7 @@ def adapt(args):
             aligned = torch.stack([align(q, args.balance) for q in p])          # (2, N, C)
             y, keep = verdicts(phase, aligned, p_clean, y0, high, peers, threshold)
             for step, pair in run.steps(zip(range(step + 1, total + 1), zip(*loaders)),
-                                        2 * args.batch_size):
+                                        2 * min(args.batch_size, N)):
                 rows.append(train_step(phase, step, pair, model, wrapped, teachers, optimizers,
                                        schedules, scaler, (y, keep, aligned), peers, args.lam,
                                        args.balance, autocast))

@@ -2014,6 +2014,7 @@ class Run:
         try:
             self.state = torch.load(path, map_location="cpu", weights_only=True)
             self.lines, self.start = self.state["log"], self.start - self.state["seconds"]
+            self.seen, self.busy = self.state["clock"]
         except Exception as e:                          # torch.load raises nearly anything
             raise DataError(f"{path} is not a checkpoint of this script: {_reason(e)}") from None
 
@@ -2021,9 +2022,9 @@ class Run:
         """Gives each of {name: module, optimizer, ...} its state; the rest of last.pt."""
         state, self.state = self.state, None
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            if state[name]:                             # not of a scaler that had nothing to do
+                part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
-        self.seen, self.busy = state["clock"]
         return state
 
     def checkpoint(self, parts, **more):

@@ -457,7 +457,7 @@ def adapt(args):
         if step >= total and not rows:
             break
         for step, (f, i) in run.steps(zip(range(step + 1, total + 1), features.epoch(
-                epoch, len(rows))), args.batch_size):
+                epoch, len(rows))), min(args.batch_size, len(sets))):
             now = (epoch, (step - 1) / total, f, i, model)
             rows.append(train_step(args.objective, args.align and args.teacher, *now, prompt,
                                    contrast, (sets, table, t_hand), descents[0], autocast))

@@ -3075,7 +3075,8 @@ def test_two_processes_are_one(tmp_path, script, flags):
                                    spy=tmp_path / f"gradients{n}")
         assert status == [0] * n, screen
     assert screen[1] == ""                                          # the first one speaks
-    one, a, b = (torch.load(tmp_path / f"gradients{k}") for k in ("1.0", "2.0", "2.1"))
+    one, a, b = (torch.load(tmp_path / f"gradients{k}", weights_only=True)
+                 for k in ("1.0", "2.0", "2.1"))
     assert len(one) == len(a) and any(g.abs().max() > 1e-3 for g in one)
     for g, x, y in zip(one, a, b):
         torch.testing.assert_close(x, g, atol=1e-5, rtol=1e-5)
