@@ -14,7 +14,7 @@ the whole image encoder (phase 2).
         loss = loss_cls(l_pos, y, keep) + lam loss_neg(l_pos, l_neg, y_peer, y_bar)         Eq. 5-7
     phase 2, all weights of the image encoder:
         y = the peer's label now, keep = its p_clean_y > 1/2, for every image
-        loss = loss_cls(l_pos, y, keep)             V- learns too, f ignores its gradient   Eq. 8
+        loss = loss_cls(l_pos, y, keep)             t- learns too, f ignores its gradient   Eq. 8
     both + balance fairness(l_pos)
     prediction = mean of the two softmaxes                                                  Eq. 9
 
@@ -29,8 +29,9 @@ Measured: see README.md; on the demo only. With OpenAI's CLIP on real data: not 
 Decided here (the public summaries of the paper do not fix it):
 - labels come from posteriors divided by their own class marginal (`align`), and a `fairness` term
   spreads the predictions over the classes: without them a few classes swallow the others;
-- V- has a context per class (V+ one for all), learns from all images with the peer's labels, and
-  in phase 2 without a gradient into the encoder; y_bar is drawn from the peer's posterior;
+- V- has a context per class (V+ one for all), learns from all images with the peer's labels; in
+  phase 2 t+ and t- are matrices, and t- learns without a gradient into the encoder; y_bar is drawn
+  from the peer's posterior;
 - phase 2: EMA copies judge and predict; light (not RandAugment) views, see README.md.
 """
 import argparse
@@ -187,7 +188,7 @@ class Bottleneck(nn.Module):
 
 class Model(nn.Module):
     """One of the two models: V+, V-, the light visual modules and, in phase 2, an image encoder
-    and a classifier (C, D) of its own. CLIP itself is frozen and shared."""
+    and two classifiers (2, C, D) of its own. CLIP itself is frozen and shared."""
     def __init__(self, model, class_names, template, peft):
         super().__init__()
         self.pos = Prompt(model, class_names, template, noise=0.01, of_its_own=False)
@@ -202,26 +203,29 @@ class Model(nn.Module):
             self.adapters = nn.ModuleList(kind(w, int(size)) for w in model.visual.adapter_widths)
 
     def unfreeze(self, model):
-        """Phase 2: own copy of the image encoder; the classifier starts at t+."""
+        """Phase 2: own copy of the image encoder; the classifiers start at t+ and t-."""
+        self.classifier = nn.Parameter(torch.stack(self.text(model)).detach())      # (2, C, D)
         self.visual = copy.deepcopy(model.visual).requires_grad_(True)
-        self.classifier = nn.Parameter(self.pos(model).detach())
         self.pos.requires_grad_(False)
+        self.neg.requires_grad_(False)
 
     def text(self, model):
-        """The classifier (C, D), unit rows: t+ in phase 1, then the matrix that started there."""
-        return self.pos(model) if self.classifier is None else F.normalize(self.classifier, dim=-1)
+        """t+ and t-, unit rows (C, D): the prompts' in phase 1, then matrices that started there,
+        so that phase 2 does not run the text tower."""
+        if self.classifier is None:
+            return self.pos(model), self.neg(model)
+        return F.normalize(self.classifier, dim=-1).unbind()
 
     def groups(self, lr1, lr2):
         """What learns, and how fast. Word vectors take steps relative to their own size."""
         word = lr1 * float(self.pos.V.detach().std()) / WORD
         light = [v for v in (self.prompts, *(self.adapters or nn.Module()).parameters())
                  if v is not None]
-        groups = [{"params": light, "lr": lr1 if self.visual is None else lr2},
-                  {"params": [self.neg.V], "lr": 10 * word}]
         if self.visual is None:
-            return groups + [{"params": [self.pos.V], "lr": word}]
-        return groups + [{"params": self.visual.parameters(), "lr": lr2, "weight_decay": 0.01},
-                         {"params": [self.classifier], "lr": lr1}]
+            return [{"params": light, "lr": lr1}, {"params": [self.pos.V], "lr": word},
+                    {"params": [self.neg.V], "lr": 10 * word}]
+        return [{"params": light, "lr": lr2}, {"params": [self.classifier], "lr": lr1},
+                {"params": self.visual.parameters(), "lr": lr2, "weight_decay": 0.01}]
 
     def features(self, model, x):
         """Images (B, 3, R, R) -> unit features (B, D)."""
@@ -241,7 +245,7 @@ def judge(model, models, batches, N, autocast):
     """Both models' opinions on the plain views: softmax p and p_clean, each (2, N, C)."""
     tau = model.logit_scale.exp()
     with autocast():
-        t = [(me.text(model).float(), me.neg(model).float()) for me in models]  # (C, D) each
+        t = [[t.float() for t in me.text(model)] for me in models]              # (C, D) each
     p, p_clean = torch.zeros(2, 2, N, len(t[0][0]))                             # (2, N, C) each
     for x, i in batches:                                                        # (B, 3, R, R)
         for m, (t_pos, t_neg) in enumerate(t):
@@ -276,7 +280,7 @@ def phase1_loss(model, me, x, y, keep, y_peer, y_bar, lam, balance, autocast):
     """
     tau = model.logit_scale.exp()
     with autocast():
-        f, t_pos, t_neg = me.features(model, x), me.pos(model), me.neg(model)   # (B, D), (C, D) x 2
+        f, (t_pos, t_neg) = me.features(model, x), me.text(model)               # (B, D), (C, D) x 2
     f, t_pos, t_neg = data.gather(f), t_pos.float(), t_neg.float()              # f: of all x
     l_pos, _ = logits(f, t_pos, t_neg, tau)                                     # (B, C)
     judged = logits(f, t_pos.detach(), t_neg, tau)                              # (B, C) x 2
@@ -285,15 +289,15 @@ def phase1_loss(model, me, x, y, keep, y_peer, y_bar, lam, balance, autocast):
 
 
 def phase2_loss(model, me, x, y, keep, y_peer, y_bar, balance, autocast):
-    """Eq. (8): an augmented view learns the label that the peer gave the plain view. V- goes on
-    learning to judge, but as a spectator: no gradient of L_neg reaches f or the classifier."""
+    """Eq. (8): an augmented view learns the label that the peer gave the plain view. t- goes on
+    learning to judge, but as a spectator: no gradient of L_neg reaches f or t+."""
     tau = model.logit_scale.exp()
     with autocast():
-        f, t_neg = data.gather(me.features(model, x)), me.neg(model).float()    # (B, D), (C, D)
-    t = me.text(model)                                                          # (C, D)
-    l, _ = logits(f, t, t_neg, tau)                                             # (B, C)
-    judged = logits(f.detach(), t.detach(), t_neg, tau)                         # (B, C) x 2
-    loss = loss_cls(l, y, keep) + balance * keep.any() * fairness(l)
+        f = data.gather(me.features(model, x))                                  # (B, D)
+    t_pos, t_neg = me.text(model)                                               # (C, D) each
+    l_pos, _ = logits(f, t_pos, t_neg, tau)                                     # (B, C)
+    judged = logits(f.detach(), t_pos.detach(), t_neg, tau)                     # (B, C) x 2
+    loss = loss_cls(l_pos, y, keep) + balance * keep.any() * fairness(l_pos)
     return loss + loss_neg(*judged, y_peer, y_bar)
 
 
