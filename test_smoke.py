@@ -322,7 +322,7 @@ def small_logits(model):
     return model(golden_images(2, 32), tokens)[0]       # (2, 2)
 
 
-@pytest.mark.parametrize("layout", ["plain", "legacy", "half", "state_dict", "module.", "text.",
+@pytest.mark.parametrize("layout", ["plain", "half", "state_dict", "module.", "text.",
                                     "hugging_face", "safetensors"])
 def test_checkpoint_formats(layout, small, tmp_path):
     path = tmp_path / "weights.bin"
@@ -330,13 +330,12 @@ def test_checkpoint_formats(layout, small, tmp_path):
         save_safetensors(hugging_face(small), path)
     else:
         torch.save({
-            "plain": small, "legacy": small, "half": {k: v.half() for k, v in small.items()},
+            "plain": small, "half": {k: v.half() for k, v in small.items()},
             "state_dict": {"state_dict": small, "epoch": 3, "quick_gelu": False},
             "module.": {"model": {"module." + k: v for k, v in small.items()}},
             "text.": {k if k.startswith(("visual", "logit")) else "text." + k: v
                       for k, v in small.items()} | {"text.attn_mask": torch.zeros(77, 77)},
-            "hugging_face": hugging_face(small)}[layout], path,
-            _use_new_zipfile_serialization=layout != "legacy")
+            "hugging_face": hugging_face(small)}[layout], path)
     expected = small_logits(clip.build_model(small, quick_gelu=layout != "state_dict"))
     model, preprocess = clip.load(path)
     assert torch.allclose(small_logits(model), expected, atol=0.3 if layout == "half" else 1e-6)
@@ -386,7 +385,7 @@ def test_torchscript_archive_is_read_without_torch_jit(shape, tmp_path, monkeypa
     model = clip.build_model(golden_weights(shape | {"vocab_size": 600}))
     expected = save_torchscript(model, tmp_path / "archive.pt")
     with zipfile.ZipFile(tmp_path / "archive.pt") as archive:
-        weights = clip_files._read_torchscript(archive)
+        weights = clip_files._read_archive(archive)
     assert weights.keys() == expected.keys() and "input_resolution" in weights
     for key, value in expected.items():
         assert torch.equal(weights[key], value) and weights[key].dtype == value.dtype, key
