@@ -118,6 +118,10 @@ def decode(path, draft=False):
         w, h = im.size
         if w * h > PIXELS:
             raise ValueError(f"{w} x {h} pixels are more than {PIXELS // 10**6} million")
+        if max(w, h) > 100 * min(w, h):                 # 224 pixels high it would fill the memory
+            raise ValueError(f"{w} x {h} pixels are too narrow a strip")
+        if w * h > 2**22 and im.tile and im.tile[0][0].startswith("ppm"):   # decoded in Python
+            raise ValueError(f"a PPM of text or of an odd range with {w} x {h} pixels")
         if im.info.get("progressive"):
             file.seek(0)
             if (scans := file.read().count(b"\xff\xda")) > SCANS:
@@ -1137,7 +1141,10 @@ def load(path, classes=None, template=None):
                                                    f"{expected(data_set)}" if data_set.own else ""))
     own = wordnet(found.class_names or classes, root / inside, data_set, classes) if root else (
         found.class_names)
-    names = check_classes(own, classes, unique=own == found.class_names)    # not with WordNet's
+    where = f"{path} ({found.layout}): "
+    names = check_classes(own, classes, own == found.class_names, where)    # not with WordNet's
+    if not (found.train.files and found.test.files):
+        raise DataError(f"{where}no {'test' if found.train.files else 'training'} images")
     for files, labels in (found.train, found.test):
         if labels and not 0 <= min(labels) <= max(labels) < len(names):
             raise DataError(f"{path}: labels from {min(labels)} to {max(labels)}, but there are "
@@ -1311,7 +1318,9 @@ def _text(name):
 
 
 def printable(text):
-    """Without what moves a terminal's cursor or begins a line: a file may be called so."""
+    """One line of at most 2000 letters, none of which moves a terminal's cursor: a file may be
+    called anything."""
+    text = text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"
     return text if text.isprintable() else "".join(
         c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -1364,9 +1373,10 @@ def _list(folder, ignored, deep=False):
     while todo:
         inside = todo.pop()
         here = os.path.join(folder, inside)
-        if (real := os.path.realpath(here)) in seen:
+        info = os.stat(here)
+        if (info.st_dev, info.st_ino) in seen:
             continue
-        seen.add(real)
+        seen.add((info.st_dev, info.st_ino))
         for e in sorted(os.scandir(here), key=lambda e: e.name, reverse=True):
             if e.name.startswith("."):
                 ignored["hidden"] += 1
@@ -1467,8 +1477,8 @@ def fit(text):
             return clip.tokenize(" ".join(words[:k])) is not None
         except RuntimeError:                            # too long for the context length
             return False
-    words = text[:2400].split(" ")                      # 75 tokens have 32 letters each at most
-    words = words[:76] if len(text) <= 2400 else words[:76][:len(words) - 1]    # without half ones
+    words = text[:1200].split(" ")                      # 75 tokens have some 300 letters
+    words = words[:76] if len(text) <= 1200 else words[:76][:len(words) - 1]    # without half ones
     if fits(len(words)):
         return " ".join(words)
     return " ".join(words[:bisect.bisect(range(len(words)), False, key=lambda k: not fits(k)) - 1])

@@ -429,12 +429,96 @@ def test_nothing_in_a_file_is_executed(tmp_path, small):
     archive("big.pt", pickled, **{"0": b"\0\0\0\0"})
     archive("hole.pt", pickled)
     torch.save({"state_dict": small, "evil": Evil(mark)}, tmp_path / "plain.pt")
-    for name, reason in (("evil.pt", "visual.conv1.weight"), ("root.pt", "visual.conv1.weight"),
+    for name, reason in (("evil.pt", "asks for test_smoke.Module"), ("root.pt", ".system, which"),
                          ("big.pt", "does not fit its storage"), ("hole.pt", "x/data/0"),
-                         ("plain.pt", "cannot read")):
+                         ("plain.pt", ".system, which is refused")):
         with pytest.raises(clip.CLIPError, match=reason) as error:
             clip.load(tmp_path / name)
         assert "\n" not in str(error.value) and name in str(error.value)
+    assert not mark.exists()
+
+
+def text_op(text):
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+def call_op(module, name, *args):
+    return b"\x80\x04" + text_op(module) + text_op(name) + b"\x93(" + b"".join(args) + b"tR."
+
+
+def attacks(mark):
+    """{what: pickle} that runs code, opens a file, or asks for more memory or time than there is."""
+    load = pickle.dumps(Evil(mark), 2)
+    deep = b")q\0h\0\x86" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(1, 60))
+    return {
+        "system": call_op("os", "system", text_op(f"touch {mark}")),
+        "eval": call_op("builtins", "eval", text_op(f"open({str(mark)!r}, 'w')")),
+        "from_file": call_op("torch", "from_file", text_op(str(mark)), b"\x88K\x05"),
+        "save": call_op("torch", "save", b"K\x01", text_op(str(mark))),
+        "bytes": call_op("torch.storage", "_load_from_bytes", b"B", struct.pack("<I", len(load)), load),
+        "inst": b"(" + text_op(f"touch {mark}") + b"ios\nsystem\n.",
+        "numpy": call_op("numpy", "memmap", text_op(str(mark)), text_op("uint8"), text_op("w+")),
+        "hash": b"\x80\x02}(" + deep + b"K\x01u.", "set": b"\x80\x04\x8f(" + deep + b"\x90.",
+        "depth": b"\x80\x02}" + b")" + b"\x85" * 200_000 + b"K\x01s.",
+        "memo": b"\x80\x02K\x01r\xff\xff\xff\x7f.", "bytes8": b"\x80\x04\x8e" + b"\xff" * 7 + b"\0."}
+
+
+def test_hostile_weights(tmp_path, small):
+    mark, path, out = tmp_path / "executed", tmp_path / "w.pt", io.BytesIO()
+    torch.save(small, out)
+    with zipfile.ZipFile(out) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    index = next(name for name in parts if name.endswith("data.pkl"))
+
+    def refused(says="cannot read"):
+        with pytest.raises(clip.CLIPError, match=says) as error:
+            clip.load(path)
+        assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 500
+
+    def zipped(method=zipfile.ZIP_STORED, **new):
+        with zipfile.ZipFile(path, "w", method) as archive:
+            for name, raw in (parts | {index: new.get("index", parts[index])}).items():
+                archive.writestr(name, raw)
+
+    for raw in attacks(mark).values():
+        written(path, raw)                              # neither a zip nor safetensors
+        refused("expected safetensors or a zip archive")
+        zipped(index=raw)
+        refused()
+        with tarfile.open(path, "w") as tar:            # torch's first format, CVE-2025-32434
+            for name in ("storages", "tensors", "pickle"):
+                info = tarfile.TarInfo(name)
+                info.size = len(raw)
+                tar.addfile(info, io.BytesIO(raw))
+        refused("expected safetensors")
+    zipped(index=parts[index][:-1] + text_op("x") + attacks(mark)["system"][2:-1] + b"s.")
+    refused("asks for os.system")                       # beside good weights
+    zipped(method=zipfile.ZIP_DEFLATED)
+    parts["archive/zeros"] = bytes(2**24)
+    zipped(method=zipfile.ZIP_DEFLATED)
+    refused("parts are larger than the file")
+    torch.save(small, path, _use_new_zipfile_serialization=False)
+    refused("wrote before 1.6")
+    torch.save(small | {"visual.class_embedding": torch.zeros(1).expand(2**40)}, path)
+    refused("does not fit its storage")
+    table = {f"x{i}": {"dtype": "F32", "shape": [2**18], "data_offsets": [0, 2**20]} for i in "ab"}
+    head = json.dumps(table).encode()
+    written(path, len(head).to_bytes(8, "little") + head + bytes(2**20))
+    refused("overlap")
+    whole, rng = out.getvalue(), random.Random(0)
+    for raw in mutants(whole, 60):
+        raw = bytearray(raw)
+        if len(raw) > 99:                               # the directory of the zip is at its end
+            raw[-rng.randrange(1, 99)] ^= 1 << rng.randrange(8)
+        try:
+            clip.load(written(path, bytes(raw)))
+        except clip.CLIPError as error:
+            assert len(str(error).splitlines()) == 1
+    for shape in ((0, 3, 8, 8), (2,), ()):
+        torch.save(small | {"visual.conv1.weight": torch.zeros(shape)}, path)
+        refused(path.name)
+    torch.save(small | {"visual.positional_embedding": torch.zeros(0, 64)}, path)
+    refused(path.name)
     assert not mark.exists()
 
 
@@ -469,6 +553,12 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.requests.append((kind, start))
         if kind == "missing":
             return self.send_error(404)
+        if kind in ("loop", "ipv6"):
+            self.send_response(302)
+            self.send_header("Location", "http://[::1" if kind == "ipv6" else self.path)
+            return self.end_headers()
+        if kind in ("drip", "drophead", "stall", "html", "long", "short", "odd"):
+            return self.misbehave(kind, body)
         if kind == "hub":
             self.send_response(302)
             self.send_header("Location", "/good/file.pt")
@@ -481,6 +571,24 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
         self.wfile.write(body[start:start + len(body) // 3 if kind == "cut" else len(body)])
+
+    def misbehave(self, kind, body):
+        start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        if start >= len(body):
+            return self.send_error(416)
+        if kind == "drophead":                          # a byte of the head at a time
+            self.wfile.write(b"HTTP/1.1 200 OK")
+            while time.sleep(0.05) is None:
+                self.wfile.write(b" ")
+        body = b"<html>Log in first</html>" if kind == "html" else body
+        says = {"long": len(body) + 9999, "short": len(body) - 9999, "odd": "many"}
+        self.send_response(200)
+        self.send_header("Content-Length", str(says.get(kind, len(body))))
+        self.end_headers()
+        if kind in ("drip", "stall"):
+            while time.sleep(0.05 if kind == "drip" else 3) is None:
+                self.wfile.write(b"x")
+        self.wfile.write(body)
 
     def log_message(self, *args):
         pass
@@ -540,6 +648,35 @@ def test_download_resumes(server, tmp_path):
         (root / "RN50.pt.part").write_bytes(part)
         assert server(kind) == [(kind, len(part)), (kind, 0)][:tries]
         assert os.listdir(root) == ["RN50.pt"] and (root / "RN50.pt").read_bytes() == whole
+
+
+@pytest.mark.parametrize("kind, says", [
+    ("drip", "fewer than 1000 bytes"), ("drophead", "no answer in time"), ("stall", "timed out"),
+    ("html", "wrong SHA-256"), ("short", "wrong SHA-256"), ("loop", "HTTP 302"),
+    ("ipv6", "Invalid IPv6"), ("long", ""), ("odd", "")])
+def test_download_from_a_bad_host(server, kind, says, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(clip_files, "_TIMEOUT", 0.4)
+    start = time.perf_counter()
+    assert [k for k, _ in server(kind, "good")][0] == kind      # the next host is asked
+    assert says in capsys.readouterr().err and time.perf_counter() - start < 5
+    assert os.listdir(tmp_path / "cache") == ["RN50.pt"]
+    if says:
+        (tmp_path / "cache" / "RN50.pt").unlink()
+        with pytest.raises(clip.CLIPError, match=says) as error:
+            server(kind)
+        assert len(str(error.value).splitlines()) == 1
+
+
+def test_download_without_end(server, monkeypatch, tmp_path):
+    monkeypatch.setattr(clip_files, "_LARGEST", 9999)
+    with pytest.raises(clip.CLIPError, match="cannot be right"):
+        server("good")
+    with pytest.raises(clip.CLIPError, match="sends without end"):
+        server("odd")
+    assert (tmp_path / "cache" / "RN50.pt.part").stat().st_size < 9999
+    written(tmp_path / "cache" / "RN50.bin.sha256", b"\xff")   # no hash: as if it were not there
+    monkeypatch.setattr(clip_files, "_LARGEST", 10**9)
+    assert server("hub")
 
 
 def test_download_with_the_hash_of_the_reply(server, tmp_path):
@@ -1133,6 +1270,24 @@ def test_cifar_bad_pickle(tmp_path, file, attack):
     assert not mark.exists()
 
 
+def test_cifar_hostile_pickles(tmp_path):
+    mark, root = tmp_path / "mark", tmp_path / "cifar-10-batches-py"
+    cifar(root, 10)
+    good = (root / "data_batch_1").read_bytes()
+    for file in ("data_batch_1", "batches.meta"):
+        for raw in (*attacks(mark).values(), b"\x80\x02}U\x0blabel_namesK\x01s."):
+            written(root / file, raw)
+            assert file in (message := refuses(root)) or "CIFAR-10" in message
+        cifar(root, 10)
+    for raw in mutants(good, 30):
+        written(root / "data_batch_1", raw)
+        try:
+            data.load(root)
+        except data.DataError as e:
+            assert len(str(e).splitlines()) == 1
+    assert not mark.exists()
+
+
 # ---- errors in the data sets' own files ----
 
 @pytest.mark.parametrize("name, file, line", [
@@ -1408,7 +1563,7 @@ def test_data_missing_empty_unknown(tmp_path):
 
 
 def test_data_unreadable_named_and_skipped(tmp_path, capsys):
-    for k in range(3):
+    for k in range(5):
         picture(tmp_path / f"ok{k}.jpg", k, (200, 200))
     picture(tmp_path / "png_inside.jpg", 5, mode="RGBA", fmt="PNG")     # wrong extension: fine
     whole = (tmp_path / "ok0.jpg").read_bytes()
@@ -1419,19 +1574,101 @@ def test_data_unreadable_named_and_skipped(tmp_path, capsys):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bad_bomb.png")
     os.symlink(tmp_path / "nothing", tmp_path / "dangling.jpg")
     d = data.load(tmp_path, "a,b")
-    assert d.train.names == ["ok0.jpg", "ok1.jpg", "ok2.jpg", "png_inside.jpg"]
+    assert d.train.names == [*(f"ok{k}.jpg" for k in range(5)), "png_inside.jpg"]
     err = capsys.readouterr().err.splitlines()
     assert [line.split(", skipped")[0] for line in err] == [
-        "warning: 1 of 10 images missing", "warning: 5 of 10 images unreadable"]
+        "warning: 1 of 12 images missing", "warning: 5 of 12 images unreadable"]
     assert all(f"bad_{x}" in err[1] for x in ("cut", "empty", "text", "eps", "bomb"))
     assert "bad_eps.jpg (not an image)" in err[1]        # Pillow would run Ghostscript
-    assert d.train.image(3).mode == "RGB"
+    assert d.train.image(5).mode == "RGB"
+    (tmp_path / "ok4.jpg").unlink()
+    (tmp_path / "ok3.jpg").unlink()
+    assert "only 4 of 10 training images can be read: bad_bomb.png" in refuses(tmp_path, "a,b")
     for name in d.train.names:
-        (tmp_path / name).unlink()
+        (tmp_path / name).unlink(missing_ok=True)
+    capsys.readouterr()
     assert "none of 6 training images can be read: bad_bomb.png" in refuses(tmp_path, "a,b")
     assert not capsys.readouterr().err
     with pytest.raises(data.DataError, match="ok0.jpg"):
         d.train.image(0)
+
+
+def test_data_what_is_no_image(tmp_path, capsys, monkeypatch):
+    """Pipes, devices, bombs, links in circles, names that move the cursor: named, never waited for."""
+    odd = ["a\nwarning: b.jpg", "\x1b[2J.jpg", 'quo"te, \U0001f600.jpg', "\u202egpj.jpg"]
+    for k, name in enumerate([*odd, *(f"ok{k}.png" for k in range(12))]):
+        picture(tmp_path / name, k)
+    pipe, rng = tmp_path / "pipe.png", random.Random(0)
+    os.mkfifo(pipe)
+    (tmp_path / "folder.jpg").mkdir()
+    os.symlink("circle.jpg", tmp_path / "circle.jpg")
+    os.symlink("/dev/zero", tmp_path / "device.jpg")
+    for k in range(8):                                  # each leads to all of the others: 8! ways
+        os.mkdir(tmp_path / f"d{k}")
+        for j in range(8):
+            os.symlink(f"../d{j}", tmp_path / f"d{k}" / f"l{j}")
+    written(tmp_path / "huge.webp", b"RIFF\0\0\0\0WEBPVP8L")
+    os.truncate(tmp_path / "huge.webp", 2**31)
+    Image.new("L", (9500, 9500)).save(tmp_path / "large.png")
+    Image.new("L", (9000, 1)).save(tmp_path / "strip.png")
+    written(tmp_path / "text.ppm", b"P3 9000 3000 255 " + b"1 2 3\n" * 99)
+    scans = encoded(1, (40, 30), "RGB", "JPEG").partition(b"\xff\xda")
+    Image.new("L", (40, 30)).save(tmp_path / "scans.jpg", progressive=True)
+    scans = (tmp_path / "scans.jpg").read_bytes()
+    written(tmp_path / "scans.jpg", scans[:-2] + scans[scans.rfind(b"\xff\xda"):-2] * 100)
+    start = time.perf_counter()
+    d = data.load(tmp_path, "a,b")
+    assert time.perf_counter() - start < 3 and len(d.train) == 16
+    assert sorted(d.train.names)[0] == odd[1] and d.description.isprintable()
+    err = capsys.readouterr().err
+    assert err.count("\n") == 2 and "circle.jpg" in err and "6 of" not in err
+    monkeypatch.setattr(data, "CHECKED", 3)             # then they are read in training
+    for name, why in (("huge.webp", "larger than 1 GB"), ("large.png", "89 million"),
+                      ("strip.png", "narrow"), ("text.ppm", "of text"), ("scans.jpg", "scans"),
+                      ("pipe.png", "not a plain file"), ("device.jpg", "not a plain file")):
+        for draft in (True, False):
+            with pytest.raises((OSError, ValueError), match=why):
+                data.decode(tmp_path / name, draft)
+    data.write_predictions(tmp_path / "p.csv", d.train.names, ["a", "b"], torch.ones(16, 2),
+                           torch.ones(16, 2))
+    with open(tmp_path / "p.csv", newline="", encoding="utf-8") as file:
+        assert [row[0] for row in csv.reader(file)][1:] == d.train.names
+    for name in ("1.jpg", "2.png", "3.gif", "4.tif", "5.webp", "6.bmp", "7.ppm"):
+        whole = encoded(1, (19, 23), "RGB", {".jpg": "JPEG", ".tif": "TIFF"}.get(
+            name[1:], name[2:].upper()))
+        for raw in mutants(whole, 60):
+            raw = bytearray(raw)
+            for _ in range(rng.randrange(4)):
+                raw[rng.randrange(min(len(raw), 120)):][:1] = b"\xff" if raw else b""
+            path = written(tmp_path / name, bytes(raw))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                _, bad = data.check_files(tmp_path, [name], "")
+                if not bad:                             # what is let through can be used
+                    [prepare.prepare(data.decode(path)) for prepare in data.transforms(16)]
+    capsys.readouterr()
+
+
+def test_data_deep_folders(ram):
+    folder = ram / "/".join("d" * 1200)
+    folder.mkdir(parents=True)
+    picture(folder / "a.png")
+    picture(ram / "b.png")
+    assert len(data.load(ram, "a,b").train) == 2
+    for _ in range(1200):                               # shutil.rmtree would recurse
+        folder, old = folder.parent, folder
+        (old / "a.png").unlink(missing_ok=True)
+        old.rmdir()
+
+
+def test_data_a_file_vanishes(tmp_path):
+    draw(tmp_path, [f"{k}.jpg" for k in range(4)])
+    d = data.load(tmp_path, "a,b")
+    (tmp_path / "2.jpg").unlink()
+    for workers in (0, 1):
+        with pytest.raises(data.DataError) as e:
+            list(data.loader(d.train.view(data.transforms(16)[0]), 2, workers=workers))
+        assert str(e.value) == "cannot read 2.jpg any more: No such file or directory"
 
 
 def test_data_view_is_a_label_firewall(tmp_path):
@@ -1563,6 +1800,10 @@ def test_data_too_many_to_open(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == "warning: grey instead of 3.jpg: not an image\n"
     list(batches)
     assert capsys.readouterr().err == ""                # once is enough
+    for k in range(4):
+        written(tmp_path / f"{k}.jpg", b"x")
+    with pytest.raises(data.DataError, match="more than half of 5 images cannot be read"):
+        list(batches), list(batches)
 
 
 def test_data_lists_20_000_files_in_seconds(ram, monkeypatch):
@@ -1662,6 +1903,26 @@ def test_data_download(tmp_path, capsys, monkeypatch):
         socket.setdefaulttimeout(None)
     monkeypatch.setattr(torchvision.datasets, "OxfordIIITPet", None)
     assert "no such folder" in refuses(tmp_path / "stanford_cars")  # nobody offers it any more
+
+
+@pytest.mark.parametrize("attack", ["../out.txt", "/tmp/../{}/out.txt", "link"])
+def test_data_download_stays_inside(tmp_path, monkeypatch, attack):
+    (tmp_path / "x").mkdir()
+
+    def build(root):
+        with tarfile.open(root / "a.tar", "w") as tar:
+            for name in (["link", "link/out.txt"] if attack == "link" else
+                         [attack.format(tmp_path)]):
+                info = tarfile.TarInfo(name)
+                if name == "link":
+                    info.type, info.linkname = tarfile.SYMTYPE, str(tmp_path)
+                tar.addfile(info)
+        torchvision.datasets.utils.extract_archive(str(root / "a.tar"), str(root / "oxford"))
+    monkeypatch.setattr(torchvision.datasets, "OxfordIIITPet", pets_class(build))
+    before = vars(tarfile.TarFile).get("extraction_filter")
+    assert "could not be downloaded" in refuses(tmp_path / "x" / "oxford_pets")
+    assert not list(tmp_path.glob("**/out.txt"))
+    assert vars(tarfile.TarFile).get("extraction_filter") is before
 
 
 def test_data_download_by_torchvision(tmp_path, monkeypatch, capsys):
@@ -2048,12 +2309,61 @@ def test_mutated_text(tmp_path):
     for content, name, read_file in (
             (json.dumps(prompts), "p.json", lambda p: data.load_prompts(p, CLASSES, "a {}.")),
             (json.dumps(sets), "c.json", lambda p: data.read_candidates(p, PHOTOS, CLASSES)),
-            (CSV, "c.csv", lambda p: data.read_candidates(p, PHOTOS, CLASSES))):
-        for raw in mutants(content.encode(), 200):
+            (CSV, "c.csv", lambda p: data.read_candidates(p, PHOTOS, CLASSES)),
+            ("# x\nAbyssinian\nBengal_cat\nbeagle\n", "k.txt", lambda p: data.class_list(p)[:2])):
+        for raw in (*mutants(content.encode(), 200), content.encode("utf-16"), b"", b"\0" * 99,
+                    content.encode("utf-16-le"), content.replace("\n", "\r\n").encode(),
+                    *(content.replace("one dog.", x).replace("beagle", x).encode() for x in
+                      ("x" * 10**5, "NaN", '"' + "[" * 500, "9" * 5000, "\x1b[2J", "\u202e"))):
             try:
                 assert len(read_file(written(tmp_path / name, raw))) == 2
             except data.DataError as e:
-                assert len(str(e).splitlines()) == 1
+                assert len(str(e).splitlines()) == 1 and name in str(e) and len(str(e)) < 3000
+                assert str(e).isprintable()
+
+
+def test_large_text(tmp_path):
+    """Nothing is quadratic, or waits for a pipe."""
+    rng, path, start = random.Random(0), tmp_path / "f.json", time.perf_counter()
+    long = "".join(rng.choices("etaoinsrhldcum", k=10**6))
+    assert data.load_prompts(written(path, {"a": [long, "x"]}), ["a"], "{}")[0] == [["x"]]
+    written(path, {"a": ["x"], **{f"key {k}": ["x"] for k in range(10**4)}})
+    assert data.load_prompts(path, ["a"], "{}")[0] == [["x"]]
+    written(path, "\n```" * 10**5)
+    refuses(path, ["a"], "{}", by=data.load_prompts)
+    images = data.Images([f"scene{k}/frame.jpg" for k in range(3000)])      # one file name
+    path = written(tmp_path / "f.csv", [f"/x/scene{k}/frame.jpg,1" for k in range(1, 3000)])
+    assert data.read_candidates(path, images, ["a", "b"])[0].sum() == 3001
+    refuses(written(path, "a/" * 10**6 + "x.jpg,0"), images, ["a", "b"], by=data.read_candidates)
+    assert time.perf_counter() - start < 8
+    os.mkfifo(tmp_path / "pipe")
+    for by in (data.load_prompts, data.read_candidates):
+        assert "is not a plain file" in refuses(tmp_path / "pipe", PHOTOS, ["a", "b"], by=by)
+
+
+def test_mutated_lists(ram, capsys):
+    for name, file in (("pets oxford_pets", "annotations/trainval.txt"),
+                       ("food food-101", "meta/classes.txt"),
+                       ("dtd dtd", "labels/train1.txt"),
+                       ("flowers flowers-102", "setid.mat")):
+        root = ram / letters(name) / miniature(ram / letters(name), name).home
+        whole = (root / file).read_bytes()
+        for raw in (*mutants(whole, 25), b"", b"\xef\xbb\xbf" + whole, whole + whole,
+                    whole.replace(b"1", b"9" * 5000), whole.decode("latin-1").encode("utf-16")):
+            written(root / file, raw)
+            try:
+                assert data.load(root).description.isprintable()
+            except data.DataError as e:
+                said = str(e).split("Expected one of")[0]
+                assert len(said.splitlines()) == 1 and len(said) < 3000
+    root = ram / "numbers" / miniature(ram / "numbers", "flowers flowers-102").home
+    sets = data.read_mat(root / "setid.mat")
+    for odd in (math.nan, math.inf, -1.0, 0.0, 1e300):
+        rows = [[odd, *map(float, v[1:])] if k == "trnid" else v for k, v in sets.items()]
+        arrays = [array(k, 6, (1, len(v)), element(9, struct.pack(f"<{len(v)}d", *v)))
+                  for k, v in zip(sets, rows)]
+        written(root / "setid.mat", mat(*arrays))
+        assert "setid.mat: expected labels" in refuses(root)
 
 
 def test_few_shot():
