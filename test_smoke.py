@@ -447,7 +447,7 @@ def call_op(module, name, *args):
 
 
 def attacks(mark):
-    """{what: pickle} that runs code, opens a file, or asks for more memory or time than there is."""
+    """{what: pickle} that runs code, opens a file, or asks for endless memory or time."""
     load = pickle.dumps(Evil(mark), 2)
     deep = b")q\0h\0\x86" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(1, 60))
     return {
@@ -455,12 +455,14 @@ def attacks(mark):
         "eval": call_op("builtins", "eval", text_op(f"open({str(mark)!r}, 'w')")),
         "from_file": call_op("torch", "from_file", text_op(str(mark)), b"\x88K\x05"),
         "save": call_op("torch", "save", b"K\x01", text_op(str(mark))),
-        "bytes": call_op("torch.storage", "_load_from_bytes", b"B", struct.pack("<I", len(load)), load),
+        "bytes": call_op("torch.storage", "_load_from_bytes", b"B", struct.pack("<I", len(load)),
+                         load),
         "inst": b"(" + text_op(f"touch {mark}") + b"ios\nsystem\n.",
         "numpy": call_op("numpy", "memmap", text_op(str(mark)), text_op("uint8"), text_op("w+")),
         "hash": b"\x80\x02}(" + deep + b"K\x01u.", "set": b"\x80\x04\x8f(" + deep + b"\x90.",
         "depth": b"\x80\x02}" + b")" + b"\x85" * 200_000 + b"K\x01s.",
-        "memo": b"\x80\x02K\x01r\xff\xff\xff\x7f.", "bytes8": b"\x80\x04\x8e" + b"\xff" * 7 + b"\0."}
+        "memo": b"\x80\x02K\x01r\xff\xff\xff\x7f.",
+        "bytes8": b"\x80\x04\x8e" + b"\xff" * 7 + b"\0."}
 
 
 def test_hostile_weights(tmp_path, small):
@@ -1593,8 +1595,8 @@ def test_data_unreadable_named_and_skipped(tmp_path, capsys):
         d.train.image(0)
 
 
-def test_data_what_is_no_image(tmp_path, capsys, monkeypatch):
-    """Pipes, devices, bombs, links in circles, names that move the cursor: named, never waited for."""
+def test_data_what_is_no_image(tmp_path, capsys):
+    """Pipes, devices, bombs, links in circles, odd names: refused by name, never waited for."""
     odd = ["a\nwarning: b.jpg", "\x1b[2J.jpg", 'quo"te, \U0001f600.jpg', "\u202egpj.jpg"]
     for k, name in enumerate([*odd, *(f"ok{k}.png" for k in range(12))]):
         picture(tmp_path / name, k)
@@ -1612,7 +1614,6 @@ def test_data_what_is_no_image(tmp_path, capsys, monkeypatch):
     Image.new("L", (9500, 9500)).save(tmp_path / "large.png")
     Image.new("L", (9000, 1)).save(tmp_path / "strip.png")
     written(tmp_path / "text.ppm", b"P3 9000 3000 255 " + b"1 2 3\n" * 99)
-    scans = encoded(1, (40, 30), "RGB", "JPEG").partition(b"\xff\xda")
     Image.new("L", (40, 30)).save(tmp_path / "scans.jpg", progressive=True)
     scans = (tmp_path / "scans.jpg").read_bytes()
     written(tmp_path / "scans.jpg", scans[:-2] + scans[scans.rfind(b"\xff\xda"):-2] * 100)
@@ -1621,8 +1622,8 @@ def test_data_what_is_no_image(tmp_path, capsys, monkeypatch):
     assert time.perf_counter() - start < 3 and len(d.train) == 16
     assert sorted(d.train.names)[0] == odd[1] and d.description.isprintable()
     err = capsys.readouterr().err
-    assert err.count("\n") == 2 and "circle.jpg" in err and "6 of" not in err
-    monkeypatch.setattr(data, "CHECKED", 3)             # then they are read in training
+    assert err.startswith("warning: 6 of 22 images unreadable, skipped: circle.jpg (Too many lev")
+    assert err.count("\n") == 1
     for name, why in (("huge.webp", "larger than 1 GB"), ("large.png", "89 million"),
                       ("strip.png", "narrow"), ("text.ppm", "of text"), ("scans.jpg", "scans"),
                       ("pipe.png", "not a plain file"), ("device.jpg", "not a plain file")):
@@ -1650,15 +1651,12 @@ def test_data_what_is_no_image(tmp_path, capsys, monkeypatch):
 
 
 def test_data_deep_folders(ram):
-    folder = ram / "/".join("d" * 1200)
-    folder.mkdir(parents=True)
-    picture(folder / "a.png")
     picture(ram / "b.png")
-    assert len(data.load(ram, "a,b").train) == 2
-    for _ in range(1200):                               # shutil.rmtree would recurse
-        folder, old = folder.parent, folder
-        (old / "a.png").unlink(missing_ok=True)
-        old.rmdir()
+    folder = f"{ram}/{'/'.join('d' * 1200)}"            # Python's own functions recurse
+    os.system(f"mkdir -p {folder} && cp {ram}/b.png {folder}/a.png")
+    names = data.load(ram, "a,b").train.names
+    os.system(f"rm -r {ram}/d")
+    assert names == ["b.png", f"{'d/' * 1200}a.png"]
 
 
 def test_data_a_file_vanishes(tmp_path):
@@ -1920,8 +1918,8 @@ def test_data_download_stays_inside(tmp_path, monkeypatch, attack):
         torchvision.datasets.utils.extract_archive(str(root / "a.tar"), str(root / "oxford"))
     monkeypatch.setattr(torchvision.datasets, "OxfordIIITPet", pets_class(build))
     before = vars(tarfile.TarFile).get("extraction_filter")
-    assert "could not be downloaded" in refuses(tmp_path / "x" / "oxford_pets")
-    assert not list(tmp_path.glob("**/out.txt"))
+    refuses(tmp_path / "x" / "oxford_pets")
+    assert not (tmp_path / "out.txt").exists() and len(list(tmp_path.glob("x/*/out.txt"))) == 0
     assert vars(tarfile.TarFile).get("extraction_filter") is before
 
 
