@@ -28,9 +28,11 @@ accuracy and diagnostics only.
 from __future__ import annotations
 
 import argparse
+import bisect
 import copy
 import csv
 import difflib
+import errno
 import hashlib
 import io
 import json
@@ -44,8 +46,10 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import struct
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -75,7 +79,7 @@ from torchvision import transforms as T
 
 import clip
 from clip import shapes
-from clip.clip import MEAN, STD
+from clip.clip import MEAN, STD, Unpickler
 
 TEMPLATE = "a photo of a {}."
 ENSEMBLE = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
@@ -87,22 +91,53 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP")    # judged by co
 
 class DataError(ValueError):
     """A mistake in the user's data or arguments; its message says what was expected and where."""
+    def __init__(self, text):
+        text = re.sub(r"(?s)\s+\Z|Caught DataError in DataLoader.*\n[\w.]*DataError: ", "", text)
+        said, *tree = text.split("Expected one of\n", 1)        # a tree of folders has lines
+        super().__init__("Expected one of\n".join([printable(said), *tree]))
 
 
 # ---- images ----
 
+PIXELS = Image.MAX_IMAGE_PIXELS         # 89 million; an image of more is refused: 360 MB decoded
+LARGEST = 2**30                         # bytes of a file that is read here
+SCANS = 100                             # of a progressive JPEG: each goes over all of its pixels
+ONE = threading.Lock()                  # of the threads decodes a large image
+
+
+def opened(path):
+    """The file, open for reading. OSError unless it is a plain one, of 1 GB at most: a pipe or a
+    device may keep one waiting for ever."""
+    info = os.stat(path)
+    if not stat.S_ISREG(info.st_mode):
+        raise OSError(errno.EINVAL, "is not a plain file", str(path))
+    if info.st_size > LARGEST:
+        raise OSError(errno.EFBIG, "is larger than 1 GB", str(path))
+    return open(path, "rb")
+
+
 def decode(path, draft=False):
     """The image as PIL RGB, EXIF orientation not applied (CLIP's preprocess does not either).
     draft: decodes, a JPEG at 1/8 of its size, only to see that it can be done; (width, height)."""
-    with Image.open(path, formats=FORMATS) as im:
-        size = im.size
+    with opened(path) as file, Image.open(file, formats=FORMATS) as im:
+        w, h = im.size
+        if w * h > PIXELS:
+            raise ValueError(f"{w} x {h} pixels are more than {PIXELS // 10**6} million")
+        if max(w, h) > 100 * min(w, h):                 # 224 pixels high it would fill the memory
+            raise ValueError(f"{w} x {h} pixels are too narrow a strip")
+        if w * h > 2**22 and im.tile and im.tile[0][0].startswith("ppm"):   # decoded in Python
+            raise ValueError(f"a PPM of text or of an odd range with {w} x {h} pixels")
+        if im.info.get("progressive"):
+            file.seek(0)
+            if (scans := file.read().count(b"\xff\xda")) > SCANS:
+                raise ValueError(f"a JPEG of {scans} scans")
         if draft:
             im.draft("RGB", (1, 1))
-            im.load()
-            return size
-        if isinstance(im.info.get("transparency"), bytes):
-            im = im.convert("RGBA")                     # same colours, without Pillow's warning
-        return im.convert("RGB")
+        with ONE if w * h > 2**24 else nullcontext():
+            if isinstance(im.info.get("transparency"), bytes):
+                im = im.convert("RGBA")                 # same colours, without Pillow's warning
+            rgb = im.convert("RGB")
+    return (w, h) if draft else rgb
 
 
 class Images(Dataset):
@@ -138,10 +173,15 @@ class Images(Dataset):
             return decode(os.path.join(self.root, self.files[i]))
         except Exception as e:                          # Pillow's plugins raise nearly anything
             if self.sizes is None:
-                if not self.warned[i]:
-                    print(f"warning: grey instead of {self.names[i]}: {_reason(e)}",
-                          file=sys.stderr)
+                bad = int(self.warned.sum())            # so far
+                if not self.warned[i] and bad < 5:
+                    more = "; the next ones are not named" if bad == 4 else ""
+                    said = printable(f"grey instead of {self.names[i]}: {_reason(e)}{more}")
+                    print(f"warning: {said}", file=sys.stderr)
                 self.warned[i] = True
+                if 2 * bad > len(self):
+                    raise DataError(f"more than half of {len(self)} images cannot be read, the "
+                                    f"last {self.names[i]}: {_reason(e)}") from None
                 return Image.new("RGB", (256, 256), "grey")
             raise DataError(f"cannot read {self.names[i]} any more: {_reason(e)}") from None
 
@@ -522,7 +562,9 @@ def listed(root, ignored, known, files, line, row, order=None, note=""):
 
 def read_lines(path, pattern, example):
     """The groups of `pattern` in each line of a text file that is neither empty nor a # comment."""
-    for k, line in enumerate(path.read_text("utf-8", "replace").splitlines(), 1):
+    with opened(path) as file:
+        lines = file.read().decode("utf-8-sig", "replace").splitlines()
+    for k, line in enumerate(lines, 1):
         if line.strip() and not line.startswith("#"):
             match = re.fullmatch(pattern, line.strip())
             if not match:
@@ -534,10 +576,17 @@ def read_lines(path, pattern, example):
 def read_text(path):
     """DataError unless it is a file of UTF-8 text; a byte order mark is dropped."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) else "expected UTF-8 text"
-        raise DataError(f"{path}: {reason}") from None
+        with opened(path) as file:
+            raw = file.read()
+        text = raw.decode("utf-8-sig")
+        at = raw.find(b"\0")
+    except OSError as e:
+        raise DataError(f"{path}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        at = e.start
+    if at >= 0:
+        raise DataError(f"{path}: expected UTF-8 text, line {raw[:at].count(10) + 1} is not")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path):
@@ -568,7 +617,8 @@ MAT_TEXTS = {1: "latin-1", 2: "latin-1", 4: "utf-16-le", 16: "utf-8", 17: "utf-1
 def read_mat(path):
     """{variable: value} of a MATLAB file (version 5 to 7, little-endian): numeric arrays as flat
     lists, char as str, cells as lists, structs as lists of dicts. DataError for anything else."""
-    raw, room, found = memoryview(path.read_bytes()), 64 << 20, {}
+    with opened(path) as file:
+        raw, room, found = memoryview(file.read()), 64 << 20, {}
     try:
         if raw[124:128] != b"\0\1IM":
             raise ValueError("expected version 5 to 7, little-endian (save with -v7)")
@@ -700,7 +750,9 @@ def flowers102(root, ignored, known):
     try:
         parts = [[(f"jpg/image_{n:05d}.jpg", int(labels["labels"][n - 1]) - 1)
                   for n in map(int, sets[part])] for part in ("trnid", "tstid")]
-    except (KeyError, IndexError, TypeError, ValueError):
+        if min(map(int, (*sets["trnid"], *sets["tstid"]))) < 1:
+            raise IndexError                            # -1 would be the last
+    except (LookupError, TypeError, ValueError, ArithmeticError):
         raise DataError("imagelabels.mat and setid.mat: expected labels, trnid and tstid of the "
                         "same images") from None
     names = " ".join(FLOWERS.split()).split(", ")
@@ -724,7 +776,9 @@ def stanford_cars(root, ignored, known):
         except FileNotFoundError:
             raise DataError(f"{file} is missing: without it, or CoOp's "
                             f"split_zhou_StanfordCars.json, there are no labels") from None
-        except (KeyError, IndexError, TypeError, AttributeError):
+        except DataError:
+            raise
+        except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError):
             raise DataError(f"{file}: expected {variable}, as in the data set's devkit") from None
     parts = [read(file, "annotations", lambda v: (f"{folder}/{v['fname']}", int(v["class"][0]) - 1))
              for folder, file in (("cars_train", "devkit/cars_train_annos.mat"),
@@ -769,7 +823,7 @@ class _Array:
         self.raw = state[-1]
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(Unpickler):
     """Reads arrays, and nothing that could run code."""
     def find_class(self, module, name):
         if (module, name) == ("_codecs", "encode"):
@@ -791,15 +845,15 @@ def cifar(root, ignored, known, train, test, meta, key, names):
     """The Python pickles of CIFAR-10 and -100: {data: (N, 3072) uint8, `key`: N labels}."""
     def read(file):
         try:
-            with open(root / file, "rb") as stream:
-                table = _Unpickler(stream, encoding="bytes").load()
+            with opened(root / file) as stream:         # BytesIO: never more than it holds
+                table = _Unpickler(io.BytesIO(stream.read()), encoding="bytes").load()
             return {k.decode() if isinstance(k, bytes) else k: v for k, v in table.items()}
         except OSError:
             raise
         except Exception as e:                          # unpickling raises nearly anything
             raise DataError(f"{file} is not one of CIFAR's files: {_reason(e)}") from None
     table = read(meta).get(names, ()) if (root / meta).is_file() else ()
-    classes = [c.decode() if isinstance(c, bytes) else c for c in table]
+    classes = [c.decode() if isinstance(c, bytes) else str(c) for c in table]
     C = len(classes) or 1000
     rows, pictures = [], []
     for part, files in (("train", train), ("test", test)):
@@ -984,7 +1038,13 @@ def read_known(root, ignored, known, classes):
     """A data set of `SETS`, recognised by its files."""
     if known.split and (root / known.split).is_file():
         return read_coop(known, root)
-    found = known.read(root, ignored, known)
+    try:
+        found = known.read(root, ignored, known)
+    except (DataError, OSError):
+        raise
+    except Exception as e:                              # of files that nobody thought of
+        raise DataError(f"{root}: the files of {known.title} cannot be understood: "
+                        f"{_reason(e)}. {expected(known)}") from e
     return found._replace(layout=found.layout + (f"; no {known.split}" if known.split else ""))
 
 
@@ -1049,8 +1109,10 @@ def download(known, parent):
     """Downloads a data set into `parent` as torchvision does, and moves it there when complete."""
     kind = getattr(torchvision.datasets, known.torchvision)
     print(f"downloading {known.title} with torchvision into {parent}/", flush=True)
-    timeout = socket.getdefaulttimeout()
+    timeout, extraction = socket.getdefaulttimeout(), vars(tarfile.TarFile).get("extraction_filter")
     try:
+        if hasattr(tarfile, "data_filter"):             # refuses members that lie outside
+            tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
         with tempfile.TemporaryDirectory(dir=parent, prefix=".download-") as folder:
             socket.setdefaulttimeout(60)                # torchvision would wait for ever
             try:
@@ -1064,6 +1126,7 @@ def download(known, parent):
                         f"{expected(known)}") from None
     finally:
         socket.setdefaulttimeout(timeout)
+        tarfile.TarFile.extraction_filter = extraction
 
 
 def wordnet(folders, root, known, classes):
@@ -1117,9 +1180,12 @@ def load(path, classes=None, template=None):
                                                    f"{expected(data_set)}" if data_set.own else ""))
     own = wordnet(found.class_names or classes, root / inside, data_set, classes) if root else (
         found.class_names)
-    names = check_classes(own, classes, unique=own == found.class_names)    # not with WordNet's
+    where = f"{path} ({found.layout}): "
+    names = check_classes(own, classes, own == found.class_names, where)    # not with WordNet's
     if len(names) == 1:
         print(f"warning: {names[0]} is the only class: nothing to tell apart", file=sys.stderr)
+    if not (found.train.files and found.test.files):
+        raise DataError(f"{where}no {'test' if found.train.files else 'training'} images")
     for files, labels in (found.train, found.test):
         if labels and not 0 <= min(labels) <= max(labels) < len(names):
             raise DataError(f"{path}: labels from {min(labels)} to {max(labels)}, but there are "
@@ -1136,8 +1202,8 @@ def load(path, classes=None, template=None):
     if templates[1:]:
         line += f" and {len(templates) - 1} more templates"
     if ignored:
-        line += "; ignored: " + ", ".join(f"{n} {kind}" for kind, n in sorted(ignored.items()))
-    return Data(*sets, names, templates, line, data_set.title)
+        line += "; ignored: " + kinds(ignored)
+    return Data(*sets, names, templates, printable(line), data_set.title)
 
 
 def read_demo(style):
@@ -1161,8 +1227,7 @@ def read_folder(path, root, classes):
             readers = {"": (None, read_flat)}           # folders of unlabelled images
         if len(readers) != 1:
             _list(root, ignored)
-            unread = ", ".join(f"{n} {kind}" for kind, n in sorted(ignored.items()))
-            unread = f" (not read: {unread})" if unread else ""
+            unread = f" (not read: {kinds(ignored)})" if ignored else ""
             several = ", ".join(inside[:-1] for inside in readers)
             raise DataError(f"{path} holds several data sets, give one: {several}" if readers else
                             f"{path}: no images in a known layout{unread}. "
@@ -1189,12 +1254,14 @@ def readable(path, root, inside, train, test):
         if bad:
             kept = [i for i, file in enumerate(files) if file not in bad]
             labels = labels and [labels[i] for i in kept]
-            first = f": {_text(inside + files[0])} {bad.get(files[0])}, ..." if files else ""
+            worst = next((file for file in files if file in bad), None)
+            first = f": {_text(inside + worst)} {bad[worst]}, ..." if worst else ""
             names = [files[i] for i in kept]
         else:
             names, first = files, ""
-        if not names:
-            raise DataError(f"{path}: none of {len(files)} {part} images can be read{first}")
+        if not names or 2 * len(names) < len(files):
+            how_many = f"only {len(names)}" if names else "none"
+            raise DataError(f"{path}: {how_many} of {len(files)} {part} images can be read{first}")
         sets.append(Images(names, labels, root / inside, inside,
                            sizes=sizes and [sizes[file] for file in names]))
     return sets * 2 if same else sets
@@ -1212,37 +1279,41 @@ def templates_of(template, own):
 
 def class_list(classes):
     """--classes (see `load`) as a checked list of names, or None."""
+    where = ""
     if classes is None:
         return None
     if isinstance(classes, (str, os.PathLike)):
         text = os.path.expanduser(classes)
         if os.path.isfile(text):
-            try:
-                classes = Path(text).read_text(encoding="utf-8-sig").splitlines()
-            except (OSError, UnicodeDecodeError):
-                raise DataError(f"--classes {text}: cannot be read as UTF-8 text") from None
+            classes, where = read_text(text).splitlines(), f"--classes {text}: "
         elif "," in text or not text.strip():
             classes = text.split(",")
         else:
             raise DataError(f"--classes {text}: neither a file nor a list like a,b,c (of one: a,)")
-    return check_classes([c for c in classes if c.strip() and not c.startswith("#")])
+    names = [c for c in classes if c.strip() and not c.startswith("#")]
+    return check_classes(names, where=where)
 
 
-def check_classes(names, wanted=None, unique=True):
+def check_classes(names, wanted=None, unique=True, where=""):
     """Class names as they go into the prompt: spaces for underscores, `wanted`'s spelling if given.
     DataError unless there are any, all different if they must be unique (ImageNet has two
     `missile`), and the same as `wanted` in its order."""
     names = [" ".join(_text(c).replace("_", " ").split()) for c in names]
     if not names or "" in names:
-        raise DataError(f"classes with a name are needed, got {names[:5]} "
+        raise DataError(f"{where}classes with a name are needed, got {names[:5]} "
                         f"(--classes a,b,c or a file with one name per line)")
     twice = [c for c, n in Counter(map(str.casefold, names)).items() if n > 1]
     if twice and unique:
-        raise DataError(f"class names must differ, whatever their case: {', '.join(twice[:5])}")
+        raise DataError(f"{where}class names must differ, whatever their case: "
+                        f"{', '.join(f'{c:.60}' for c in twice[:5])}")
+    odd = [c for c in names if re.search(r"[\x00-\x1f\x7f-\x9f]", c)]
+    if odd:
+        raise DataError(f"{where}expected class names without control characters, got "
+                        f"{odd[0]!r:.60}")
     for k, (a, b) in enumerate(zip_longest(wanted or names, names, fillvalue="missing"), 1):
         if a.casefold() != b.casefold():
             raise DataError(f"--classes must name the data's own {len(names)} classes in their "
-                            f"order: number {k} is {a}, but in the data {b}")
+                            f"order: number {k} is {a:.60}, but in the data {b:.60}")
     return wanted or names
 
 
@@ -1273,8 +1344,8 @@ def check_files(root, files, inside):
     for what, group in (("missing", missing), ("unreadable", sorted(bad.keys() - set(missing)))):
         if group and len(bad) < len(files):
             first = ", ".join(f"{_text(inside + file)} ({bad[file]})" for file in group[:5])
-            print(f"warning: {len(group)} of {len(files)} images {what}, skipped: {first}"
-                  + (", ..." if len(group) > 5 else ""), file=sys.stderr)
+            print(printable(f"warning: {len(group)} of {len(files)} images {what}, skipped: {first}"
+                            + (", ..." if len(group) > 5 else "")), file=sys.stderr)
     return sizes, bad
 
 
@@ -1285,6 +1356,21 @@ def _text(name):
     if name.isascii():
         return name
     return unicodedata.normalize("NFC", name.encode("utf-8", "backslashreplace").decode())
+
+
+def printable(text):
+    """One line of at most 2000 letters, none of which moves a terminal's cursor: a file may be
+    called anything."""
+    text = text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"
+    return text if text.isprintable() else "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def kinds(ignored):
+    """The most frequent of the counted kinds of files."""
+    first = sorted(ignored.most_common(8))
+    rest = ignored.total() - sum(n for _, n in first)
+    return ", ".join(f"{n} {kind}" for kind, n in first) + (f", {rest} more" if rest else "")
 
 
 def _reason(e):
@@ -1321,22 +1407,26 @@ def _is_folder(entry):
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
-def _list(folder, ignored, deep=False, seen=()):
-    """Paths of the images, relative to folder, sorted; counts in `ignored` what it passes over."""
-    files, inside, here = [], [], os.path.realpath(folder)
-    if here in seen:                                    # a link back to a folder above
-        return files
-    for e in os.scandir(folder):
-        if e.name.startswith("."):
-            ignored["hidden"] += 1
-        elif _is_folder(e):
-            inside.append(e.name)
-        elif _is_image(e):
-            files.append(e.name)
-        else:
-            ignored[os.path.splitext(e.name)[1].lower() or "without extension"] += 1
-    for d in inside if deep else ():
-        files += [f"{d}/{f}" for f in _list(os.path.join(folder, d), ignored, deep, (*seen, here))]
+def _list(folder, ignored, deep=False):
+    """Paths of the images, relative to folder, sorted; counts in `ignored` what it passes over. A
+    folder to which links lead too is read once."""
+    files, todo, seen = [], [""], set()
+    while todo:
+        inside = todo.pop()
+        here = os.path.join(folder, inside)
+        info = os.stat(here)
+        if (info.st_dev, info.st_ino) in seen:
+            continue
+        seen.add((info.st_dev, info.st_ino))
+        for e in sorted(os.scandir(here), key=lambda e: e.name, reverse=True):
+            if e.name.startswith("."):
+                ignored["hidden"] += 1
+            elif _is_folder(e):
+                todo += [f"{inside}{e.name}/"] if deep else []
+            elif _is_image(e):
+                files.append(inside + e.name)
+            else:
+                ignored[os.path.splitext(e.name)[1].lower() or "without extension"] += 1
     return sorted(files)
 
 
@@ -1402,7 +1492,8 @@ def match_keys(class_names, keys, path):
     else the same words in any order, else an alias. A key that fits one class better is not given
     to another. DataError if two keys fit a class equally well, or one key two classes."""
     def aliases(name):
-        return "; ".join(sorted(next((a for a in ALIASES if _words(name) in a), ())))
+        words = _words(name)
+        return "; ".join(sorted(next((a for a in ALIASES if words in a), ())))
     found = {}
     for form in (str, _plain, _words, aliases):
         free, taken = {}, {}
@@ -1422,15 +1513,16 @@ def match_keys(class_names, keys, path):
 
 def fit(text):
     """The text, or as many of its first words as CLIP has room for: 77 tokens."""
-    words = text.split(" ")
-    words = words[:76] if len(text) > 2000 else words   # the tokenizer is slow on endless text
-    while words:
+    def fits(k):
         try:
-            clip.tokenize(" ".join(words))
-            break
+            return clip.tokenize(" ".join(words[:k])) is not None
         except RuntimeError:                            # too long for the context length
-            words.pop()
-    return " ".join(words)
+            return False
+    words = text[:1200].split(" ")                      # 75 tokens have some 300 letters
+    words = words[:76] if len(text) <= 1200 else words[:76][:len(words) - 1]    # without half ones
+    if fits(len(words)):
+        return " ".join(words)
+    return " ".join(words[:bisect.bisect(range(len(words)), False, key=lambda k: not fits(k)) - 1])
 
 
 def load_prompts(path, class_names, template):
@@ -1478,6 +1570,15 @@ def load_prompts(path, class_names, template):
     unused = len(table.keys() - set(keys))
     return ([texts or [template.format(c)] for c, texts in zip(class_names, prompts)],
             line + (f", {unused} of {len(table)} keys fit no class" if unused else ""))
+
+
+def our_prompts(name, title):
+    """Path of the sentences that come with this project for --data demo[:STYLE] or the data set
+    called `title`, or None."""
+    folders = [k.folders for k in SETS if k.title == title and title] + [("demo",)] * (
+        name.split(":")[0] == "demo")
+    files = (Path(__file__).parent / "prompts" / f"{f}.json" for some in folders for f in some)
+    return next((str(file) for file in files if file.is_file()), None)
 
 
 # ---- candidate labels, few-shot subsets ----
@@ -1530,18 +1631,21 @@ def read_candidates(path, images, class_names):
         image = re.sub(r"^(\./+)+", "", _text(image).strip().replace("\\", "/"))
         if entries.setdefault(image, chosen) != chosen:
             raise DataError(f"{where}: {image!r:.60} occurs twice, with different classes")
-    by_file = {}                                        # {file name: [(path, i), ...]}
+    index = {}                                          # {end of a path: image, -1 if of several}
     for i, name in enumerate(images.names):
-        by_file.setdefault(os.path.basename(name), []).append((f"/{name}", i))
+        for end in _ends(name):
+            index[end] = -1 if end in index else i
+    depth = max(name.count("/") for name in images.names)
     sets, seen = torch.ones(N, C, dtype=torch.bool), {}                         # (N, C)
     for image, chosen in entries.items():
-        fits = [i for name, i in by_file.get(os.path.basename(image), ())
-                if name.endswith(f"/{image}") or f"/{image}".endswith(name)]
-        if len(fits) == 1:
-            if seen.setdefault(fits[0], image) != image:
-                raise DataError(f"{path}: {image!r:.60} and {seen[fits[0]]!r:.60} are one image")
-            sets[fits[0]] = torch.zeros(C, dtype=torch.bool).index_fill(
-                0, torch.tensor([*chosen]), True)
+        fits = {index[image]} if image in index else {      # or the path has more in front
+            i for end in _ends(image, depth) for i in [index.get(end, -1)]
+            if i >= 0 and images.names[i] == end}
+        if len(fits) == 1 and -1 not in fits:
+            i, = fits
+            if seen.setdefault(i, image) != image:
+                raise DataError(f"{path}: {image!r:.60} and {seen[i]!r:.60} are one image")
+            sets[i] = torch.zeros(C, dtype=torch.bool).index_fill(0, torch.tensor([*chosen]), True)
     if not seen:
         raise DataError(f"{path}: none of its {len(entries)} images is among the {N} here; "
                         f"expected names like {images.names[0]!r:.60}, got "
@@ -1551,6 +1655,12 @@ def read_candidates(path, images, class_names):
         line += f"; {N - len(seen)} of {N} images have no entry: all classes"
     unknown = len(entries) - len(seen)
     return sets, line + (f"; entries of images not here: {unknown}" if unknown else "")
+
+
+def _ends(path, depth=1000):
+    """c.jpg, b/c.jpg and a/b/c.jpg of a/b/c.jpg; those with `depth` slashes at most."""
+    parts = path.split("/")
+    return ["/".join(parts[-k:]) for k in range(1, len(parts) + 1)[:depth + 1]]
 
 
 HEADERS = ("", "path", "image", "file", "filename", "image_path", "img", "img_path", "name", "id")
@@ -2012,6 +2122,8 @@ class Run:
             self.lines = [read_json(self.out / "args.json")]
             return
         try:
+            if not zipfile.is_zipfile(path):            # weights_only had holes in older formats
+                raise ValueError("not written by this version's torch.save")
             self.state = torch.load(path, map_location="cpu", weights_only=True)
             self.lines, self.start = self.state["log"], self.start - self.state["seconds"]
             self.seen, self.busy = self.state["clock"]

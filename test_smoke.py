@@ -323,7 +323,7 @@ def small_logits(model):
     return model(golden_images(2, 32), tokens)[0]       # (2, 2)
 
 
-@pytest.mark.parametrize("layout", ["plain", "legacy", "half", "state_dict", "module.", "text.",
+@pytest.mark.parametrize("layout", ["plain", "half", "state_dict", "module.", "text.",
                                     "hugging_face", "safetensors"])
 def test_checkpoint_formats(layout, small, tmp_path):
     path = tmp_path / "weights.bin"
@@ -331,13 +331,12 @@ def test_checkpoint_formats(layout, small, tmp_path):
         save_safetensors(hugging_face(small), path)
     else:
         torch.save({
-            "plain": small, "legacy": small, "half": {k: v.half() for k, v in small.items()},
+            "plain": small, "half": {k: v.half() for k, v in small.items()},
             "state_dict": {"state_dict": small, "epoch": 3, "quick_gelu": False},
             "module.": {"model": {"module." + k: v for k, v in small.items()}},
             "text.": {k if k.startswith(("visual", "logit")) else "text." + k: v
                       for k, v in small.items()} | {"text.attn_mask": torch.zeros(77, 77)},
-            "hugging_face": hugging_face(small)}[layout], path,
-            _use_new_zipfile_serialization=layout != "legacy")
+            "hugging_face": hugging_face(small)}[layout], path)
     expected = small_logits(clip.build_model(small, quick_gelu=layout != "state_dict"))
     model, preprocess = clip.load(path)
     assert torch.allclose(small_logits(model), expected, atol=0.3 if layout == "half" else 1e-6)
@@ -387,7 +386,7 @@ def test_torchscript_archive_is_read_without_torch_jit(shape, tmp_path, monkeypa
     model = clip.build_model(golden_weights(shape | {"vocab_size": 600}))
     expected = save_torchscript(model, tmp_path / "archive.pt")
     with zipfile.ZipFile(tmp_path / "archive.pt") as archive:
-        weights = clip_files._read_torchscript(archive)
+        weights = clip_files._read_archive(archive)
     assert weights.keys() == expected.keys() and "input_resolution" in weights
     for key, value in expected.items():
         assert torch.equal(weights[key], value) and weights[key].dtype == value.dtype, key
@@ -431,12 +430,98 @@ def test_nothing_in_a_file_is_executed(tmp_path, small):
     archive("big.pt", pickled, **{"0": b"\0\0\0\0"})
     archive("hole.pt", pickled)
     torch.save({"state_dict": small, "evil": Evil(mark)}, tmp_path / "plain.pt")
-    for name, reason in (("evil.pt", "visual.conv1.weight"), ("root.pt", "visual.conv1.weight"),
+    for name, reason in (("evil.pt", "asks for test_smoke.Module"), ("root.pt", ".system, which"),
                          ("big.pt", "does not fit its storage"), ("hole.pt", "x/data/0"),
-                         ("plain.pt", "cannot read")):
+                         ("plain.pt", ".system, which is refused")):
         with pytest.raises(clip.CLIPError, match=reason) as error:
             clip.load(tmp_path / name)
         assert "\n" not in str(error.value) and name in str(error.value)
+    assert not mark.exists()
+
+
+def text_op(text):
+    return b"X" + struct.pack("<I", len(text)) + text.encode()
+
+
+def call_op(module, name, *args):
+    return b"\x80\x04" + text_op(module) + text_op(name) + b"\x93(" + b"".join(args) + b"tR."
+
+
+def attacks(mark):
+    """{what: pickle} that runs code, opens a file, or asks for endless memory or time."""
+    load = pickle.dumps(Evil(mark), 2)
+    deep = b")q\0h\0\x86" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(1, 60))
+    return {
+        "system": call_op("os", "system", text_op(f"touch {mark}")),
+        "eval": call_op("builtins", "eval", text_op(f"open({str(mark)!r}, 'w')")),
+        "from_file": call_op("torch", "from_file", text_op(str(mark)), b"\x88K\x05"),
+        "save": call_op("torch", "save", b"K\x01", text_op(str(mark))),
+        "bytes": call_op("torch.storage", "_load_from_bytes", b"B", struct.pack("<I", len(load)),
+                         load),
+        "inst": b"(" + text_op(f"touch {mark}") + b"ios\nsystem\n.",
+        "numpy": call_op("numpy", "memmap", text_op(str(mark)), text_op("uint8"), text_op("w+")),
+        "hash": b"\x80\x02}(" + deep + b"K\x01u.", "set": b"\x80\x04\x8f(" + deep + b"\x90.",
+        "depth": b"\x80\x02}" + b")" + b"\x85" * 200_000 + b"K\x01s.",
+        "memo": b"\x80\x02K\x01r\xff\xff\xff\x7f.",
+        "bytes8": b"\x80\x04\x8e" + b"\xff" * 7 + b"\0."}
+
+
+def test_hostile_weights(tmp_path, small):
+    mark, path, out = tmp_path / "executed", tmp_path / "w.pt", io.BytesIO()
+    torch.save(small, out)
+    with zipfile.ZipFile(out) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    index = next(name for name in parts if name.endswith("data.pkl"))
+
+    def refused(says="cannot read"):
+        with pytest.raises(clip.CLIPError, match=says) as error:
+            clip.load(path)
+        assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 500
+
+    def zipped(method=zipfile.ZIP_STORED, **new):
+        with zipfile.ZipFile(path, "w", method) as archive:
+            for name, raw in (parts | {index: new.get("index", parts[index])}).items():
+                archive.writestr(name, raw)
+
+    for raw in attacks(mark).values():
+        written(path, raw)                              # neither a zip nor safetensors
+        refused("expected safetensors or a zip archive")
+        zipped(index=raw)
+        refused()
+        with tarfile.open(path, "w") as tar:            # torch's first format, CVE-2025-32434
+            for name in ("storages", "tensors", "pickle"):
+                info = tarfile.TarInfo(name)
+                info.size = len(raw)
+                tar.addfile(info, io.BytesIO(raw))
+        refused("expected safetensors")
+    zipped(index=parts[index][:-1] + text_op("x") + attacks(mark)["system"][2:-1] + b"s.")
+    refused("asks for os.system")                       # beside good weights
+    zipped(method=zipfile.ZIP_DEFLATED)
+    parts["archive/zeros"] = bytes(2**24)
+    zipped(method=zipfile.ZIP_DEFLATED)
+    refused("parts are larger than the file")
+    torch.save(small, path, _use_new_zipfile_serialization=False)
+    refused("wrote before 1.6")
+    torch.save(small | {"visual.class_embedding": torch.zeros(1).expand(2**40)}, path)
+    refused("does not fit its storage")
+    table = {f"x{i}": {"dtype": "F32", "shape": [2**18], "data_offsets": [0, 2**20]} for i in "ab"}
+    head = json.dumps(table).encode()
+    written(path, len(head).to_bytes(8, "little") + head + bytes(2**20))
+    refused("overlap")
+    whole, rng = out.getvalue(), random.Random(0)
+    for raw in mutants(whole, 60):
+        raw = bytearray(raw)
+        if len(raw) > 99:                               # the directory of the zip is at its end
+            raw[-rng.randrange(1, 99)] ^= 1 << rng.randrange(8)
+        try:
+            clip.load(written(path, bytes(raw)))
+        except clip.CLIPError as error:
+            assert len(str(error).splitlines()) == 1
+    for shape in ((0, 3, 8, 8), (2,), ()):
+        torch.save(small | {"visual.conv1.weight": torch.zeros(shape)}, path)
+        refused(path.name)
+    torch.save(small | {"visual.positional_embedding": torch.zeros(0, 64)}, path)
+    refused(path.name)
     assert not mark.exists()
 
 
@@ -471,6 +556,12 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.requests.append((kind, start))
         if kind == "missing":
             return self.send_error(404)
+        if kind in ("loop", "ipv6"):
+            self.send_response(302)
+            self.send_header("Location", "http://[::1" if kind == "ipv6" else self.path)
+            return self.end_headers()
+        if kind in ("drip", "drophead", "stall", "html", "long", "short", "odd"):
+            return self.misbehave(kind, body)
         if kind == "hub":
             self.send_response(302)
             self.send_header("Location", "/good/file.pt")
@@ -483,6 +574,24 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
         self.wfile.write(body[start:start + len(body) // 3 if kind == "cut" else len(body)])
+
+    def misbehave(self, kind, body):
+        start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        if start >= len(body):
+            return self.send_error(416)
+        if kind == "drophead":                          # a byte of the head at a time
+            self.wfile.write(b"HTTP/1.1 200 OK")
+            while time.sleep(0.05) is None:
+                self.wfile.write(b" ")
+        body = b"<html>Log in first</html>" if kind == "html" else body
+        says = {"long": len(body) + 9999, "short": len(body) - 9999, "odd": "many"}
+        self.send_response(200)
+        self.send_header("Content-Length", str(says.get(kind, len(body))))
+        self.end_headers()
+        if kind in ("drip", "stall"):
+            while time.sleep(0.05 if kind == "drip" else 3) is None:
+                self.wfile.write(b"x")
+        self.wfile.write(body)
 
     def log_message(self, *args):
         pass
@@ -542,6 +651,35 @@ def test_download_resumes(server, tmp_path):
         (root / "RN50.pt.part").write_bytes(part)
         assert server(kind) == [(kind, len(part)), (kind, 0)][:tries]
         assert os.listdir(root) == ["RN50.pt"] and (root / "RN50.pt").read_bytes() == whole
+
+
+@pytest.mark.parametrize("kind, says", [
+    ("drip", "fewer than 1000 bytes"), ("drophead", "no answer in time"), ("stall", "timed out"),
+    ("html", "wrong SHA-256"), ("short", "wrong SHA-256"), ("loop", "HTTP 302"),
+    ("ipv6", "Invalid IPv6"), ("long", ""), ("odd", "")])
+def test_download_from_a_bad_host(server, kind, says, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(clip_files, "_TIMEOUT", 0.4)
+    start = time.perf_counter()
+    assert [k for k, _ in server(kind, "good")][0] == kind      # the next host is asked
+    assert says in capsys.readouterr().err and time.perf_counter() - start < 5
+    assert os.listdir(tmp_path / "cache") == ["RN50.pt"]
+    if says:
+        (tmp_path / "cache" / "RN50.pt").unlink()
+        with pytest.raises(clip.CLIPError, match=says) as error:
+            server(kind)
+        assert len(str(error.value).splitlines()) == 1
+
+
+def test_download_without_end(server, monkeypatch, tmp_path):
+    monkeypatch.setattr(clip_files, "_LARGEST", 9999)
+    with pytest.raises(clip.CLIPError, match="cannot be right"):
+        server("good")
+    with pytest.raises(clip.CLIPError, match="sends without end"):
+        server("odd")
+    assert (tmp_path / "cache" / "RN50.pt.part").stat().st_size < 9999
+    written(tmp_path / "cache" / "RN50.bin.sha256", b"\xff")   # no hash: as if it were not there
+    monkeypatch.setattr(clip_files, "_LARGEST", 10**9)
+    assert server("hub")
 
 
 def test_download_with_the_hash_of_the_reply(server, tmp_path):
@@ -1135,6 +1273,24 @@ def test_cifar_bad_pickle(tmp_path, file, attack):
     assert not mark.exists()
 
 
+def test_cifar_hostile_pickles(tmp_path):
+    mark, root = tmp_path / "mark", tmp_path / "cifar-10-batches-py"
+    cifar(root, 10)
+    good = (root / "data_batch_1").read_bytes()
+    for file in ("data_batch_1", "batches.meta"):
+        for raw in (*attacks(mark).values(), b"\x80\x02}U\x0blabel_namesK\x01s."):
+            written(root / file, raw)
+            assert file in (message := refuses(root)) or "CIFAR-10" in message
+        cifar(root, 10)
+    for raw in mutants(good, 30):
+        written(root / "data_batch_1", raw)
+        try:
+            data.load(root)
+        except data.DataError as e:
+            assert len(str(e).splitlines()) == 1
+    assert not mark.exists()
+
+
 # ---- errors in the data sets' own files ----
 
 @pytest.mark.parametrize("name, file, line", [
@@ -1410,7 +1566,7 @@ def test_data_missing_empty_unknown(tmp_path):
 
 
 def test_data_unreadable_named_and_skipped(tmp_path, capsys):
-    for k in range(3):
+    for k in range(5):
         picture(tmp_path / f"ok{k}.jpg", k, (200, 200))
     picture(tmp_path / "png_inside.jpg", 5, mode="RGBA", fmt="PNG")     # wrong extension: fine
     whole = (tmp_path / "ok0.jpg").read_bytes()
@@ -1421,19 +1577,97 @@ def test_data_unreadable_named_and_skipped(tmp_path, capsys):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bad_bomb.png")
     os.symlink(tmp_path / "nothing", tmp_path / "dangling.jpg")
     d = data.load(tmp_path, "a,b")
-    assert d.train.names == ["ok0.jpg", "ok1.jpg", "ok2.jpg", "png_inside.jpg"]
+    assert d.train.names == [*(f"ok{k}.jpg" for k in range(5)), "png_inside.jpg"]
     err = capsys.readouterr().err.splitlines()
     assert [line.split(", skipped")[0] for line in err] == [
-        "warning: 1 of 10 images missing", "warning: 5 of 10 images unreadable"]
+        "warning: 1 of 12 images missing", "warning: 5 of 12 images unreadable"]
     assert all(f"bad_{x}" in err[1] for x in ("cut", "empty", "text", "eps", "bomb"))
     assert "bad_eps.jpg (not an image)" in err[1]        # Pillow would run Ghostscript
-    assert d.train.image(3).mode == "RGB"
+    assert d.train.image(5).mode == "RGB"
+    (tmp_path / "ok4.jpg").unlink()
+    (tmp_path / "ok3.jpg").unlink()
+    assert "only 4 of 10 training images can be read: bad_bomb.png" in refuses(tmp_path, "a,b")
     for name in d.train.names:
-        (tmp_path / name).unlink()
+        (tmp_path / name).unlink(missing_ok=True)
+    capsys.readouterr()
     assert "none of 6 training images can be read: bad_bomb.png" in refuses(tmp_path, "a,b")
     assert not capsys.readouterr().err
     with pytest.raises(data.DataError, match="ok0.jpg"):
         d.train.image(0)
+
+
+def test_data_what_is_no_image(tmp_path, capsys):
+    """Pipes, devices, bombs, links in circles, odd names: refused by name, never waited for."""
+    odd = ["a\nwarning: b.jpg", "\x1b[2J.jpg", 'quo"te, \U0001f600.jpg', "\u202egpj.jpg"]
+    for k, name in enumerate([*odd, *(f"ok{k}.png" for k in range(12))]):
+        picture(tmp_path / name, k)
+    pipe, rng = tmp_path / "pipe.png", random.Random(0)
+    os.mkfifo(pipe)
+    (tmp_path / "folder.jpg").mkdir()
+    os.symlink("circle.jpg", tmp_path / "circle.jpg")
+    os.symlink("/dev/zero", tmp_path / "device.jpg")
+    for k in range(8):                                  # each leads to all of the others: 8! ways
+        os.mkdir(tmp_path / f"d{k}")
+        for j in range(8):
+            os.symlink(f"../d{j}", tmp_path / f"d{k}" / f"l{j}")
+    written(tmp_path / "huge.webp", b"RIFF\0\0\0\0WEBPVP8L")
+    os.truncate(tmp_path / "huge.webp", 2**31)
+    Image.new("L", (9500, 9500)).save(tmp_path / "large.png")
+    Image.new("L", (9000, 1)).save(tmp_path / "strip.png")
+    written(tmp_path / "text.ppm", b"P3 9000 3000 255 " + b"1 2 3\n" * 99)
+    Image.new("L", (40, 30)).save(tmp_path / "scans.jpg", progressive=True)
+    scans = (tmp_path / "scans.jpg").read_bytes()
+    written(tmp_path / "scans.jpg", scans[:-2] + scans[scans.rfind(b"\xff\xda"):-2] * 100)
+    start = time.perf_counter()
+    d = data.load(tmp_path, "a,b")
+    assert time.perf_counter() - start < 3 and len(d.train) == 16
+    assert sorted(d.train.names)[0] == odd[1] and d.description.isprintable()
+    err = capsys.readouterr().err
+    assert err.startswith("warning: 6 of 22 images unreadable, skipped: circle.jpg (Too many lev")
+    assert err.count("\n") == 1
+    for name, why in (("huge.webp", "larger than 1 GB"), ("large.png", "89 million"),
+                      ("strip.png", "narrow"), ("text.ppm", "of text"), ("scans.jpg", "scans"),
+                      ("pipe.png", "not a plain file"), ("device.jpg", "not a plain file")):
+        for draft in (True, False):
+            with pytest.raises((OSError, ValueError), match=why):
+                data.decode(tmp_path / name, draft)
+    data.write_predictions(tmp_path / "p.csv", d.train.names, ["a", "b"], torch.ones(16, 2),
+                           torch.ones(16, 2))
+    with open(tmp_path / "p.csv", newline="", encoding="utf-8") as file:
+        assert [row[0] for row in csv.reader(file)][1:] == d.train.names
+    for name in ("1.jpg", "2.png", "3.gif", "4.tif", "5.webp", "6.bmp", "7.ppm"):
+        whole = encoded(1, (19, 23), "RGB", {".jpg": "JPEG", ".tif": "TIFF"}.get(
+            name[1:], name[2:].upper()))
+        for raw in mutants(whole, 60):
+            raw = bytearray(raw)
+            for _ in range(rng.randrange(4)):
+                raw[rng.randrange(min(len(raw), 120)):][:1] = b"\xff" if raw else b""
+            path = written(tmp_path / name, bytes(raw))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                _, bad = data.check_files(tmp_path, [name], "")
+                if not bad:                             # what is let through can be used
+                    [prepare.prepare(data.decode(path)) for prepare in data.transforms(16)]
+    capsys.readouterr()
+
+
+def test_data_deep_folders(ram):
+    picture(ram / "b.png")
+    folder = f"{ram}/{'/'.join('d' * 1200)}"            # Python's own functions recurse
+    os.system(f"mkdir -p {folder} && cp {ram}/b.png {folder}/a.png")
+    names = data.load(ram, "a,b").train.names
+    os.system(f"rm -r {ram}/d")
+    assert names == ["b.png", f"{'d/' * 1200}a.png"]
+
+
+def test_data_a_file_vanishes(tmp_path):
+    draw(tmp_path, [f"{k}.jpg" for k in range(4)])
+    d = data.load(tmp_path, "a,b")
+    (tmp_path / "2.jpg").unlink()
+    for workers in (0, 1):
+        with pytest.raises(data.DataError) as e:
+            list(data.loader(d.train.view(data.transforms(16)[0]), 2, workers=workers))
+        assert str(e.value) == "cannot read 2.jpg any more: No such file or directory"
 
 
 def test_data_view_is_a_label_firewall(tmp_path):
@@ -1565,6 +1799,10 @@ def test_data_too_many_to_open(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == "warning: grey instead of 3.jpg: not an image\n"
     list(batches)
     assert capsys.readouterr().err == ""                # once is enough
+    for k in range(4):
+        written(tmp_path / f"{k}.jpg", b"x")
+    with pytest.raises(data.DataError, match="more than half of 5 images cannot be read"):
+        list(batches), list(batches)
 
 
 def test_data_lists_20_000_files_in_seconds(ram, monkeypatch):
@@ -1664,6 +1902,26 @@ def test_data_download(tmp_path, capsys, monkeypatch):
         socket.setdefaulttimeout(None)
     monkeypatch.setattr(torchvision.datasets, "OxfordIIITPet", None)
     assert "no such folder" in refuses(tmp_path / "stanford_cars")  # nobody offers it any more
+
+
+@pytest.mark.parametrize("attack", ["../out.txt", "/tmp/../{}/out.txt", "link"])
+def test_data_download_stays_inside(tmp_path, monkeypatch, attack):
+    (tmp_path / "x").mkdir()
+
+    def build(root):
+        with tarfile.open(root / "a.tar", "w") as tar:
+            for name in (["link", "link/out.txt"] if attack == "link" else
+                         [attack.format(tmp_path)]):
+                info = tarfile.TarInfo(name)
+                if name == "link":
+                    info.type, info.linkname = tarfile.SYMTYPE, str(tmp_path)
+                tar.addfile(info)
+        torchvision.datasets.utils.extract_archive(str(root / "a.tar"), str(root / "oxford"))
+    monkeypatch.setattr(torchvision.datasets, "OxfordIIITPet", pets_class(build))
+    before = vars(tarfile.TarFile).get("extraction_filter")
+    refuses(tmp_path / "x" / "oxford_pets")
+    assert not (tmp_path / "out.txt").exists() and len(list(tmp_path.glob("x/*/out.txt"))) == 0
+    assert vars(tarfile.TarFile).get("extraction_filter") is before
 
 
 def test_data_download_by_torchvision(tmp_path, monkeypatch, capsys):
@@ -2050,12 +2308,61 @@ def test_mutated_text(tmp_path):
     for content, name, read_file in (
             (json.dumps(prompts), "p.json", lambda p: data.load_prompts(p, CLASSES, "a {}.")),
             (json.dumps(sets), "c.json", lambda p: data.read_candidates(p, PHOTOS, CLASSES)),
-            (CSV, "c.csv", lambda p: data.read_candidates(p, PHOTOS, CLASSES))):
-        for raw in mutants(content.encode(), 200):
+            (CSV, "c.csv", lambda p: data.read_candidates(p, PHOTOS, CLASSES)),
+            ("# x\nAbyssinian\nBengal_cat\nbeagle\n", "k.txt", lambda p: data.class_list(p)[:2])):
+        for raw in (*mutants(content.encode(), 200), content.encode("utf-16"), b"", b"\0" * 99,
+                    content.encode("utf-16-le"), content.replace("\n", "\r\n").encode(),
+                    *(content.replace("one dog.", x).replace("beagle", x).encode() for x in
+                      ("x" * 10**5, "NaN", '"' + "[" * 500, "9" * 5000, "\x1b[2J", "\u202e"))):
             try:
                 assert len(read_file(written(tmp_path / name, raw))) == 2
             except data.DataError as e:
-                assert len(str(e).splitlines()) == 1
+                assert len(str(e).splitlines()) == 1 and name in str(e) and len(str(e)) < 3000
+                assert str(e).isprintable()
+
+
+def test_large_text(tmp_path):
+    """Nothing is quadratic, or waits for a pipe."""
+    rng, path, start = random.Random(0), tmp_path / "f.json", time.perf_counter()
+    long = "".join(rng.choices("etaoinsrhldcum", k=10**6))
+    assert data.load_prompts(written(path, {"a": [long, "x"]}), ["a"], "{}")[0] == [["x"]]
+    written(path, {"a": ["x"], **{f"key {k}": ["x"] for k in range(10**4)}})
+    assert data.load_prompts(path, ["a"], "{}")[0] == [["x"]]
+    written(path, "\n```" * 10**5)
+    refuses(path, ["a"], "{}", by=data.load_prompts)
+    images = data.Images([f"scene{k}/frame.jpg" for k in range(3000)])      # one file name
+    path = written(tmp_path / "f.csv", [f"/x/scene{k}/frame.jpg,1" for k in range(1, 3000)])
+    assert data.read_candidates(path, images, ["a", "b"])[0].sum() == 3001
+    refuses(written(path, "a/" * 10**6 + "x.jpg,0"), images, ["a", "b"], by=data.read_candidates)
+    assert time.perf_counter() - start < 8
+    os.mkfifo(tmp_path / "pipe")
+    for by in (data.load_prompts, data.read_candidates):
+        assert "is not a plain file" in refuses(tmp_path / "pipe", PHOTOS, ["a", "b"], by=by)
+
+
+def test_mutated_lists(ram, capsys):
+    for name, file in (("pets oxford_pets", "annotations/trainval.txt"),
+                       ("food food-101", "meta/classes.txt"),
+                       ("dtd dtd", "labels/train1.txt"),
+                       ("flowers flowers-102", "setid.mat")):
+        root = ram / letters(name) / miniature(ram / letters(name), name).home
+        whole = (root / file).read_bytes()
+        for raw in (*mutants(whole, 25), b"", b"\xef\xbb\xbf" + whole, whole + whole,
+                    whole.replace(b"1", b"9" * 5000), whole.decode("latin-1").encode("utf-16")):
+            written(root / file, raw)
+            try:
+                assert data.load(root).description.isprintable()
+            except data.DataError as e:
+                said = str(e).split("Expected one of")[0]
+                assert len(said.splitlines()) == 1 and len(said) < 3000
+    root = ram / "numbers" / miniature(ram / "numbers", "flowers flowers-102").home
+    sets = data.read_mat(root / "setid.mat")
+    for odd in (math.nan, math.inf, -1.0, 0.0, 1e300):
+        rows = [[odd, *map(float, v[1:])] if k == "trnid" else v for k, v in sets.items()]
+        arrays = [array(k, 6, (1, len(v)), element(9, struct.pack(f"<{len(v)}d", *v)))
+                  for k, v in zip(sets, rows)]
+        written(root / "setid.mat", mat(*arrays))
+        assert "setid.mat: expected labels" in refuses(root)
 
 
 def test_few_shot():
@@ -2975,6 +3282,136 @@ def test_align_demo_gains(tmp_path):
                     "--out", str(tmp_path)]) == 0
     last = align_read(tmp_path)[0][-1]
     assert last["accuracy"] >= last["zero_shot"] + 3, last
+
+
+# ======== coft_plus.py ========
+
+PLUS = [*SHORT, "--epochs1", "1", "--epochs2", "1", "--rounds", "2"]
+
+
+def plus_run(out, *args):
+    """Exit status of `python coft_plus.py ARGS --out OUT`."""
+    return coft_plus.main([*PLUS, "--out", str(out), *map(str, args)])
+
+
+def units(*shape, seed):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def test_info_nce_is_the_plain_loop():                  # Eq. (11)
+    q, k, queue = units(4, 8, seed=0), units(4, 8, seed=1), units(6, 8, seed=2)
+    y, y_queue, T = torch.tensor([2, -1, 0, 2]), torch.tensor([0, 2, -1, 2, -1, 1]), 0.2
+    keys, labels, losses = [*k, *queue], [*y.tolist(), *y_queue.tolist()], []
+    for b in range(4):
+        each = [math.exp(float(q[b] @ key) / T) for key in keys]
+        positive = [j for j in range(10) if j == b or labels[j] == y[b] != -1]
+        losses.append(-sum(math.log(each[j] / sum(each)) for j in positive) / len(positive))
+    assert [len([v for v in labels if v == y[b]]) for b in (0, 2)] == [4, 2]
+    assert float(coft_plus.info_nce(q, k, y, queue, y_queue, T)) == pytest.approx(
+        sum(losses) / 4, abs=1e-6)
+    none = torch.full((4,), -1)                         # MoCo's: cross-entropy, the own key is right
+    moco = F.cross_entropy(q @ torch.cat([k, queue]).T / T, torch.arange(4))
+    torch.testing.assert_close(coft_plus.info_nce(q, k, none, queue, y_queue, T), moco)
+
+
+def test_queue_is_first_in_first_out():
+    torch.manual_seed(0)
+    queue, sent = coft_plus.Queue(6, 3), []
+    torch.testing.assert_close(queue.k.norm(dim=1), torch.ones(6))      # rows, not columns
+    assert (queue.y == -1).all()
+    for step in range(5):
+        k, y = units(4, 3, seed=step), torch.full((4,), step)
+        queue.push(k, y)
+        sent += list(zip(k, y))
+        held = min(6, len(sent))
+        order = [(int(queue.pointer) + j) % 6 for j in range(6)][-held:]        # oldest first
+        for at, (k, y) in zip(order, sent[-held:]):
+            assert torch.equal(queue.k[at], k) and queue.y[at] == y
+
+
+def test_momentum_is_a_weighted_sum():
+    """After s steps: m^s start + (1 - m) sum_r m^(s - r) student_r."""
+    slow, m = torch.nn.Linear(3, 2).double(), 0.9
+    start, students = slow.weight.detach().clone(), []
+    for s in range(5):
+        student = torch.nn.Linear(3, 2).double()
+        coft_plus.ema_update(slow, student, m)
+        students.append(student.weight.detach())
+    closed = m**5 * start + (1 - m) * sum(m**(4 - r) * w for r, w in enumerate(students))
+    torch.testing.assert_close(slow.weight.detach(), closed)
+
+
+def test_classifier_is_the_mean_of_the_sentences():     # Eq. (12)
+    model, _ = clip.load("tiny")
+    sentences = [["a red circle", "a ring without a hole", "a disc"], ["a square"]]
+    t0 = coft_plus.classifier(model, sentences, nullcontext)
+    for row, some in zip(t0, sentences):
+        with torch.no_grad():
+            t = F.normalize(model.encode_text(clip.tokenize(some)), dim=1).mean(dim=0)
+        torch.testing.assert_close(row, F.normalize(t, dim=0), atol=1e-5, rtol=0)
+
+
+def test_next_labels_are_agreed_on():                   # Eq. (10)
+    p = torch.tensor([[[.9, .1], [.8, .2], [.3, .7], [.1, .9]], [[.7, .3], [.3, .7], [.2, .8],
+                                                                 [.4, .6]]])
+    y, high = coft_plus.next_labels(p, rho=1.0)
+    assert y.tolist() == [0, 0, 1, 1] and high.tolist() == [True, False, True, True]
+    y, high = coft_plus.next_labels(p, rho=0.5)         # of each class the surer half
+    assert high.tolist() == [True, False, True, False]
+
+
+def test_only_the_query_side_learns(little):
+    torch.manual_seed(0)
+    model, _ = clip.load("tiny")
+    model.requires_grad_(False)
+    me = coft_plus.Model(model, shapes.SHAPES, data.TEMPLATE, "vpt:2", None, 8)
+    teacher, queue = copy.deepcopy(me).requires_grad_(False), coft_plus.Queue(16, 8)
+    x, y = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    with torch.no_grad():
+        k = teacher.project(teacher.features(model, x))
+    none = torch.zeros(4, dtype=torch.bool)             # nothing is clean: InfoNCE learns alone
+    before = [v.clone() for v in (k, queue.k)]
+    loss = coft_plus.contrastive_loss(me, me.features(model, x), k, y, none, queue)
+    loss.backward()
+    assert all(v.grad is not None and v.grad.abs().max() > 0
+               for v in (me.prompts, *me.head.parameters()))
+    assert me.pos.V.grad is None and me.neg.V.grad is None
+    assert all(v.grad is None for v in (*teacher.parameters(), *model.parameters()))
+    assert torch.equal(k, before[0]) and torch.equal(queue.k, before[1])
+
+
+def test_without_its_parts_it_is_coft(little, tmp_path):
+    off = ["--rounds", 1, "--mu", 0, "--prompts", "", "--max-steps", 2]
+    assert plus_run(tmp_path / "plus", *off) == 0
+    assert run(tmp_path / "coft", "--epochs1", 1, "--epochs2", 1, "--max-steps", 2) == 0
+    same_result(tmp_path / "plus", tmp_path / "coft")
+
+
+def test_plus_run_folder(little, tmp_path, capsys, monkeypatch):
+    assert plus_run(tmp_path / "run", "--max-steps", 2) == 0
+    (first, *epochs, last), rows, saved = read(tmp_path / "run")
+    assert [(e["phase"], e.get("round")) for e in epochs] == [(1, 1), (1, 2), (2, None)]
+    assert epochs[0]["kept"] <= 0.35 and all(math.isfinite(e["loss"]) for e in epochs)
+    assert "demo.json: 10 to 10 sentences for 10 of 10 classes" in capsys.readouterr().out
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    queue = state["queues"]
+    assert queue["0.k"].shape == (512, 64) and int(queue["0.pointer"]) == 64
+    assert (queue["0.y"][64:] == -1).all() and not torch.equal(queue["0.k"], queue["1.k"])
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps({c: [f"a drawing of a {c}"] for c in shapes.SHAPES}))
+    monkeypatch.chdir(tmp_path)
+    assert plus_run(tmp_path / "mine", "--prompts", mine, "--max-steps", 1) == 0
+    assert "mine.json: 1 to 1 sentences" in capsys.readouterr().out
+    assert plus_run(tmp_path / "gone", "--prompts", "gone.json") == 2
+    assert "gone.json" in capsys.readouterr().err
+
+
+def test_our_prompts_are_found():
+    assert data.our_prompts("demo:slanted", None).endswith("demo.json")
+    assert data.our_prompts("./photos", None) is None and data.our_prompts("x", "SUN397") is None
+    found = {data.our_prompts("./x", known.title) for known in data.SETS} - {None}
+    files = set(os.listdir(Path(data.__file__).parent / "prompts")) - {"demo.json"}
+    assert {os.path.basename(f) for f in found} == files and len(files) == 10
 
 
 # ======== both scripts: several processes, kills, precision, odd data ========

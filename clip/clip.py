@@ -1,16 +1,18 @@
 """Loading CLIP: checkpoints of five formats, verified downloads, tokens, preprocessing.
 
-Nothing in a checkpoint is executed.  TorchScript archives are read without torch.jit: a restricted
-unpickler builds tensors and containers and replaces everything else by inert records.
+Nothing in a checkpoint is executed.  Archives of torch.save and of TorchScript are read without
+torch.load: a restricted unpickler builds tensors and containers, and refuses everything else.
 """
 import hashlib
 import http.client
+import io
 import json
 import math
 import os
 import pickle
 import re
 import sys
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -61,7 +63,8 @@ def _urls(name):
 
 
 _SOURCES = {name: _urls(name) for name in _MODELS}
-_TIMEOUT = 20  # seconds without a byte
+_TIMEOUT = 20  # seconds without a byte, or with fewer than 1000 bytes a second
+_LARGEST = 4 * 10**9  # bytes; the largest of the files has 1.8 GB
 _DIFFERS = ("{} is not the expected file (its SHA-256 differs): move it away to download it again, "
             "or pass it with --weights FILE if you trust it")
 _tokenizer = SimpleTokenizer()
@@ -104,8 +107,8 @@ def load(name, device="cpu", download_root=None, jit=False, quick_gelu=None):
         model = build_model(weights, quick_gelu=bool(quick_gelu),
                             vision_heads=extra.get("vision_heads"),
                             transformer_heads=extra.get("transformer_heads"))
-    except CLIPError as error:
-        raise CLIPError(f"{path}: {error}") from None
+    except Exception as error:  # any shape may be in a file, 0 among them
+        raise CLIPError(f"{path}: {_one_line(error)}") from None
     return model.to(device), _transform(model.visual.input_resolution)
 
 
@@ -175,18 +178,27 @@ def _read_checkpoint(path):
             if isinstance(data.get(key), dict):
                 extra, data = data, data[key]
                 break
-        weights = {key: value for key, value in data.items() if isinstance(value, torch.Tensor)}
+        weights = {key: value for key, value in data.items()
+                   if isinstance(key, str) and isinstance(value, torch.Tensor)}
+        if sum(value.numel() for value in weights.values()) > os.path.getsize(path):
+            raise ValueError("its tensors have more elements than the file has bytes")
         weights = _openai_names(weights)
         rows = weights.get("token_embedding.weight")
         if extra.get("token_ids") is not None and len(rows) != extra["vocab_size"]:
             # the file holds only the rows of tokens that were trained: the others are zero
+            if extra["vocab_size"] > len(_tokenizer.encoder):
+                raise ValueError(f"a vocabulary of {extra['vocab_size']} tokens is not CLIP's")
             full = rows.new_zeros(extra["vocab_size"], rows.shape[1])
             full[extra["token_ids"]] = rows
             weights["token_embedding.weight"] = full
     except Exception as error:  # a damaged or hostile file may provoke any: one line
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise CLIPError(f"cannot read {path} as a checkpoint: {reason}") from error
+        raise CLIPError(f"cannot read {path} as a checkpoint: {_one_line(error)}") from error
     return weights, extra
+
+
+def _one_line(error):
+    text = " ".join(str(error).split())[:200]
+    return "".join(c if c.isprintable() else "?" for c in text) or type(error).__name__
 
 
 def _read_file(path):
@@ -196,9 +208,47 @@ def _read_file(path):
         return _read_safetensors(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            if any("/code/" in name for name in archive.namelist()):
-                return _read_torchscript(archive)
-    return torch.load(path, map_location="cpu", weights_only=True)
+            if sum(info.file_size for info in archive.infolist()
+                   if "/code/" not in info.filename) > os.path.getsize(path):
+                raise ValueError("its parts are larger than the file, but only code is compressed")
+            return _read_archive(archive)
+    raise ValueError("expected safetensors or a zip archive (a file that torch.save wrote before "
+                     "1.6: torch.load it where you trust it, and torch.save it again)")
+
+
+class Unpickler(pickle._Unpickler):
+    """Builds containers, numbers and texts, and what a subclass's `find_class` knows; no sets.
+
+    In Python: 20 bytes make the one in C ask for all memory.  Keys are texts or numbers: the hash
+    of nested tuples may take for ever.  Only what has a __setstate__ is given a state.
+    """
+    dispatch = {code: pickle._Unpickler.dispatch[code] for code in pickle._Unpickler.dispatch if
+                code not in b"".join((pickle.DICT, pickle.INST, pickle.OBJ, pickle.EXT1,
+                                      pickle.EXT2, pickle.EXT4, pickle.ADDITEMS, pickle.FROZENSET))}
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+
+    def set_items(self, *items):
+        for key, value in zip(items[::2], items[1::2]):
+            if not isinstance(key, (str, bytes, int)):
+                raise pickle.UnpicklingError("a key is neither text nor a number")
+            self.stack[-1][key] = value
+
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self.set_items(key, value)
+
+    def load_setitems(self):
+        self.set_items(*self.pop_mark())
+
+    def load_build(self):
+        if not hasattr(type(self.stack[-2]), "__setstate__"):
+            raise pickle.UnpicklingError("it gives a state to what has none")
+        super().load_build()
+
+    dispatch.update({pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
+                     pickle.BUILD[0]: load_build})
 
 
 _STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32,
@@ -207,16 +257,25 @@ _STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32,
              "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
 
 
-def _read_torchscript(archive):
-    """{name: tensor} of a zip that torch.jit.save wrote; its code is not looked at.
+# Classes that stand in a training checkpoint beside its weights: nothing of them is kept.
+_IGNORED = {("torch", "device"), ("torch", "Size"), ("argparse", "Namespace"),
+            *(("torch", str(dtype)[len("torch."):]) for dtype in _STORAGES.values())}
 
-    data.pkl is a tree of module objects whose attributes are tensors and further modules.
+
+def _read_archive(archive):
+    """{name: tensor} of a zip that torch.jit.save wrote, whose code is not looked at; or the dict
+    that torch.save wrote, with the tensors in it and in the dicts in it.
+
+    data.pkl is a dict, or a tree of module objects whose attributes are tensors and modules.
     """
-    pickled = min((name for name in archive.namelist() if name.endswith("/data.pkl")), key=len)
+    pickled = min((name for name in archive.namelist() if name.endswith("/data.pkl")), key=len,
+                  default=None)
+    if pickled is None or archive.getinfo(pickled).file_size > 2**26:
+        raise ValueError("it holds no data.pkl, or one of more than 64 MB")
     root = pickled[:-len("data.pkl")]
     storages = {}
 
-    class Record:  # stands for every class that the file names: holds attributes, does nothing
+    class Record:  # stands for a module, or for what is ignored: holds attributes, does nothing
         fields, tensor = {}, None
 
         def __new__(cls, *args, **kwargs):
@@ -230,13 +289,17 @@ def _read_torchscript(archive):
         record.tensor = (*storage, offset, size, stride)  # a description; see `build`
         return record
 
-    class Reader(pickle.Unpickler):
+    class Reader(Unpickler):
         def find_class(self, module, name):
             if module == "torch" and name in _STORAGES:
                 return _STORAGES[name]
+            if (module.split(".")[0] == "__torch__" or module == "torch.jit._pickle"
+                    or (module, name) in _IGNORED):
+                return Record
             known = {"torch._utils _rebuild_tensor_v2": rebuild_tensor,
+                     "torch._utils _rebuild_parameter": lambda data, *_: data,
                      "collections OrderedDict": dict}
-            return known.get(f"{module} {name}", Record)
+            return known.get(f"{module} {name}") or super().find_class(module, name)
 
         def persistent_load(self, pid):
             return pid[1], str(pid[2])  # dtype, name of the storage
@@ -260,12 +323,18 @@ def _read_torchscript(archive):
             elif isinstance(value, Record) and id(value) not in seen:
                 walk(value, f"{prefix}{name}.")
 
-    with archive.open(pickled) as file:
-        module = Reader(file).load()
-    if not isinstance(module, Record):
-        raise ValueError("it holds no module")
-    walk(module, "")
-    return weights
+    def tensors(table):
+        return {key: build(*value.tensor) if isinstance(value, Record) and value.tensor else value
+                for key, value in table.items()}
+
+    found = Reader(io.BytesIO(archive.read(pickled))).load()
+    if isinstance(found, Record):
+        walk(found, "")
+        return weights
+    if not isinstance(found, dict):
+        raise ValueError("it holds no state dict")
+    return {key: tensors(value) if type(value) is dict else value
+            for key, value in tensors(found).items()}
 
 
 def _read_safetensors(path):
@@ -277,7 +346,7 @@ def _read_safetensors(path):
     with open(path, "rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(start - 8))
-        room = os.path.getsize(path) - start
+        room = left = os.path.getsize(path) - start
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
@@ -286,6 +355,9 @@ def _read_safetensors(path):
             if not (0 <= begin <= end <= room and all(n >= 0 for n in shape)
                     and end - begin == math.prod(shape) * dtype.itemsize):
                 raise ValueError(f"the entry {name!r} of its header points outside of the file")
+            left -= end - begin
+            if left < 0:
+                raise ValueError("the entries of its header overlap")
             file.seek(start + begin)
             raw = bytearray(file.read(end - begin))
             flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
@@ -342,12 +414,13 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirects and remembers the SHA-256 that Hugging Face sends with the first reply."""
 
     def __init__(self, sha256):
-        self.sha256 = sha256
+        self.sha256, self.first = sha256, True
 
     def look(self, headers):
         etag = headers.get("X-Linked-Etag", "").strip('W/"').lower()
-        if self.sha256 is None and re.fullmatch("[0-9a-f]{64}", etag):
+        if self.first and self.sha256 is None and re.fullmatch("[0-9a-f]{64}", etag):
             self.sha256 = etag
+        self.first = False
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         self.look(headers)
@@ -373,7 +446,7 @@ def _download(name, root):
         path = f"{stem}{Path(urllib.parse.urlsplit(url).path).suffix}"
         note = Path(path + ".sha256")  # beside a Hugging Face copy: the hash that was verified
         sources.append((url, path, note, sha256))
-        known = sha256 or (note.read_text().strip() if note.is_file() else None)
+        known = sha256 or (note.read_text("latin-1").strip() if note.is_file() else None)
         if known and os.path.isfile(path):
             if _sha256(path) != known:
                 raise CLIPError(_DIFFERS.format(path))
@@ -403,14 +476,15 @@ def _fetch(url, path, sha256):
     file that lies at `path` is never replaced.
     """
     part = path + ".part"
-    while True:
+    fresh = not os.path.exists(part)  # nothing of an earlier run, or of another host, is in it
+    for _ in range(100):
         before = os.path.getsize(part) if os.path.exists(part) else 0
         redirects = _Redirects(sha256)
         request = urllib.request.Request(url, headers={"User-Agent": "clip"})
         if before:
             request.add_header("Range", f"bytes={before}-")
         try:
-            with urllib.request.build_opener(redirects).open(request, timeout=_TIMEOUT) as reply:
+            with _open(urllib.request.build_opener(redirects), request) as reply:
                 redirects.look(reply.headers)
                 if redirects.sha256 is None:
                     raise _SourceFailed("the reply names no SHA-256 to verify the file with")
@@ -422,33 +496,57 @@ def _fetch(url, path, sha256):
         except urllib.error.HTTPError as error:
             redirects.look(error.headers)
             end = "complete" if error.code == 416 and before else f"HTTP {error.code}"
-        except (OSError, http.client.HTTPException) as error:
-            end = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            end = _one_line(getattr(error, "reason", error))
         if end == "complete":
             if _sha256(part) == redirects.sha256:
                 os.replace(part, path)
                 return redirects.sha256
             os.remove(part)
-            if not before:
+            if fresh:
                 raise _SourceFailed("wrong SHA-256")
-            end = "wrong SHA-256 after resuming, again from the start"
+            fresh, end = True, "wrong SHA-256 after resuming, again from the start"
         elif not os.path.exists(part) or os.path.getsize(part) <= before:
             raise _SourceFailed(end)  # no progress
         _say(f"  {end}")
+    raise _SourceFailed("the connection broke off 100 times")
+
+
+def _open(opener, request):
+    """The reply, in 3 * _TIMEOUT seconds however slowly its head comes.  OSError."""
+    result = []
+
+    def work():
+        try:
+            result.append(opener.open(request, timeout=_TIMEOUT))
+        except BaseException as error:  # raised in the thread that waits
+            result.append(error)
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(3 * _TIMEOUT)
+    if not result:
+        raise TimeoutError("no answer in time")
+    if isinstance(result[0], BaseException):
+        raise result[0]
+    return result[0]
 
 
 def _receive(reply, part, before):
     """Write the reply's body to `part` from byte `before` on; "complete", or what went wrong."""
-    length = int(reply.headers.get("Content-Length") or 0)
+    length = reply.length or 0  # 0: not known
     tty, began = sys.stderr.isatty(), time.monotonic()
-    done, shown = before, began
+    done, shown, mark = before, began, (began, before)
+    if before + length > _LARGEST:
+        return f"{before + length} bytes cannot be right"
     try:
         file = open(part, "r+b" if before else "wb")
     except OSError as error:
         raise CLIPError(f"cannot write {part}: {error.strerror}") from None
     with file:
         file.seek(before)
-        while block := reply.read(1 << 18):
+        while block := reply.read1(1 << 18):
+            if done + len(block) > _LARGEST:
+                raise _SourceFailed("it sends without end")
             try:
                 file.write(block)
                 file.flush()
@@ -456,6 +554,10 @@ def _receive(reply, part, before):
                 raise CLIPError(f"cannot write {part}: {error.strerror}") from None
             done += len(block)
             now = time.monotonic()
+            if now - mark[0] > _TIMEOUT:
+                if done - mark[1] < 1000 * _TIMEOUT:
+                    raise _SourceFailed("fewer than 1000 bytes a second")
+                mark = now, done
             if now - shown > (0.2 if tty else 10):
                 shown = now
                 rate = (done - before) / (now - began) / 1e6
