@@ -57,6 +57,7 @@ import traceback
 import unicodedata
 import warnings
 import weakref
+import zipfile
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor

@@ -5,6 +5,7 @@ their real file names and formats, coft.py's equations against naive loops, and 
 pieces of the demo.
 """
 import base64
+import copy
 import csv
 import hashlib
 import http.server
@@ -44,6 +45,7 @@ from torchvision.models import ResNet50_Weights
 
 import clip
 import coft
+import coft_plus
 import data
 import prompt_align as pa
 from clip import clip as clip_files
@@ -3309,7 +3311,7 @@ def test_info_nce_is_the_plain_loop():                  # Eq. (11)
     assert [len([v for v in labels if v == y[b]]) for b in (0, 2)] == [4, 2]
     assert float(coft_plus.info_nce(q, k, y, queue, y_queue, T)) == pytest.approx(
         sum(losses) / 4, abs=1e-6)
-    none = torch.full((4,), -1)                         # MoCo's: cross-entropy, the own key is right
+    none = torch.full((4,), -1)                         # MoCo: cross-entropy to the own key
     moco = F.cross_entropy(q @ torch.cat([k, queue]).T / T, torch.arange(4))
     torch.testing.assert_close(coft_plus.info_nce(q, k, none, queue, y_queue, T), moco)
 
@@ -3414,11 +3416,12 @@ def test_our_prompts_are_found():
     assert {os.path.basename(f) for f in found} == files and len(files) == 10
 
 
-# ======== both scripts: several processes, kills, precision, odd data ========
+# ======== all scripts: several processes, kills, precision, odd data ========
 
 FORKS = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-FORKS.set_forkserver_preload(["coft", "prompt_align"])
-SCRIPTS = {"coft": ["--device", "cpu", "--batch-size", "32", "--epochs1", "2", "--epochs2", "2"],
+FORKS.set_forkserver_preload(["coft", "coft_plus", "prompt_align"])
+MAINS = {"coft": coft.main, "coft_plus": coft_plus.main, "prompt_align": pa.main}
+SCRIPTS = {"coft": SHORT, "coft_plus": PLUS,
            "prompt_align": ["--device", "cpu", "--epochs", "3"]}
 
 
@@ -3434,7 +3437,7 @@ def child(script, argv, screen, env, spy, at, do):
     draw, live, steps = shapes.pictures, data.Run.live, []
     n = {"train": 100, "test": 50}
     shapes.pictures = lambda name, part: tuple(x[:n[part]] for x in draw(name, part))
-    ema, average, averaged = coft.ema_update, data.average_gradients, []
+    ema, average, averaged = coft.ema_update, data.average_gradients, []    # same in coft_plus
 
     def note(params):
         if spy and not os.path.exists(spy):
@@ -3454,8 +3457,9 @@ def child(script, argv, screen, env, spy, at, do):
             if do == "raise":
                 raise data.DataError("a mistake")
             os.kill(os.getpid(), do)
-    coft.ema_update, data.average_gradients, data.Run.live = spied_ema, spied_average, spied_live
-    os._exit({"coft": coft, "prompt_align": pa}[script].main([*SCRIPTS[script], *argv]))
+    coft.ema_update = coft_plus.ema_update = spied_ema
+    data.average_gradients, data.Run.live = spied_average, spied_live
+    os._exit(MAINS[script]([*SCRIPTS[script], *argv]))
 
 
 def processes(n, script, out, *argv, spy=None, at=None, do=None, who=None):
@@ -3504,7 +3508,7 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("script, flags", [
-    ("coft", ["--epochs2", 0]), ("coft", ["--epochs1", 0]),
+    ("coft", ["--epochs2", 0]), ("coft", ["--epochs1", 0]), ("coft_plus", ["--epochs1", 0]),
     ("prompt_align", ["--objective", "pico"]),
     ("prompt_align", ["--objective", "crdpll", "--no-cache-features"])])
 def test_two_processes_are_one(tmp_path, script, flags):
@@ -3537,8 +3541,7 @@ def test_processes_that_fail(tmp_path):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_kill_and_resume(little, tmp_path, script):
     flags = ["--objective", "pico"] if script == "prompt_align" else ["--epochs2", "1"]
-    main = {"coft": coft, "prompt_align": pa}[script].main
-    argv = [*SCRIPTS[script], *flags, "--out"]
+    main, argv = MAINS[script], [*SCRIPTS[script], *flags, "--out"]
     assert main([*argv, str(tmp_path / "whole")]) == 0
     for step, do in ((2, signal.SIGKILL), (8, signal.SIGKILL)):     # three steps an epoch
         status, screen = processes(1, script, tmp_path / f"cut{step}", *flags, at=step, do=do)
