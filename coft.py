@@ -288,7 +288,7 @@ def phase1_loss(model, me, x, y, keep, y_peer, y_bar, lam, balance, autocast):
     return loss + balance * keep.any() * fairness(l_pos)
 
 
-def phase2_loss(model, me, x, y, keep, y_peer, y_bar, balance, autocast):
+def phase2_loss(model, me, x, y, keep, y_peer, y_bar, lam, balance, autocast):
     """Eq. (8): an augmented view learns the label that the peer gave the plain view. t- goes on
     learning to judge, but as a spectator: no gradient of L_neg reaches f or t+."""
     tau = model.logit_scale.exp()
@@ -298,7 +298,7 @@ def phase2_loss(model, me, x, y, keep, y_peer, y_bar, balance, autocast):
     l_pos, _ = logits(f, t_pos, t_neg, tau)                                     # (B, C)
     judged = logits(f.detach(), t_pos.detach(), t_neg, tau)                     # (B, C) x 2
     loss = loss_cls(l_pos, y, keep) + balance * keep.any() * fairness(l_pos)
-    return loss + loss_neg(*judged, y_peer, y_bar)
+    return loss + lam * loss_neg(*judged, y_peer, y_bar)
 
 
 def warm_cosine(step, total):
@@ -325,10 +325,8 @@ def train_step(phase, step, pair, model, models, teachers, optimizers, schedules
         y_peer = p[peer, i].argmax(dim=1)                                       # (B,)
         y_bar = complementary_labels(p[peer, i], y_peer)                        # (B,)
         labels = [v.to(device, non_blocking=True) for v in (y[me, i], keep[me, i], y_peer, y_bar)]
-        if phase == 1:
-            loss = models[me](partial(phase1_loss, model), x, *labels, lam, balance, autocast)
-        else:
-            loss = models[me](partial(phase2_loss, model), x, *labels, balance, autocast)
+        loss = models[me](partial(phase1_loss if phase == 1 else phase2_loss, model), x, *labels,
+                          lam, balance, autocast)
         optimizers[me].zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizers[me])                     # not if fp16 overflowed: then no EMA either

@@ -347,7 +347,7 @@ def phase1_loss(model, me, x, y, keep, y_peer, y_bar, lam, balance, mu, k, queue
     return loss + balance * keep.any() * fairness(l_pos)
 
 
-def phase2_loss(model, me, x, y, keep, y_peer, y_bar, balance, mu, k, queue, autocast):
+def phase2_loss(model, me, x, y, keep, y_peer, y_bar, lam, balance, mu, k, queue, autocast):
     """Eq. (8): an augmented view learns the label that the peer gave the plain view. t- goes on
     learning to judge, but as a spectator: no gradient of L_neg reaches f or t+."""
     tau = model.logit_scale.exp()
@@ -358,7 +358,7 @@ def phase2_loss(model, me, x, y, keep, y_peer, y_bar, balance, mu, k, queue, aut
     judged = logits(f.detach(), t_pos.detach(), t_neg, tau)                     # (B, C) x 2
     loss = loss_cls(l_pos, y, keep) + balance * keep.any() * fairness(l_pos)
     loss = loss + mu * contrastive_loss(me, f, k, y, keep, queue)
-    return loss + loss_neg(*judged, y_peer, y_bar)
+    return loss + lam * loss_neg(*judged, y_peer, y_bar)
 
 
 def warm_cosine(step, total):
@@ -391,9 +391,8 @@ def train_step(phase, step, pair, model, models, teachers, optimizers, schedules
             with torch.no_grad(), autocast():
                 k = teachers[me].project(teachers[me].features(model, x_key[0]))
             k = data.gather(k.float())                                          # (B, d)
-        weights = (lam, balance, mu) if phase == 1 else (balance, mu)
         loss = models[me](partial(phase1_loss if phase == 1 else phase2_loss, model), x, *labels,
-                          *weights, k, queue, autocast)
+                          lam, balance, mu, k, queue, autocast)
         optimizers[me].zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizers[me])                     # not if fp16 overflowed: then no EMA either
@@ -415,13 +414,11 @@ def train_step(phase, step, pair, model, models, teachers, optimizers, schedules
 def classifier(model, sentences, autocast):
     """Eq. (12): unit rows t0 (C, D), each the mean of its class's text features. sentences: C
     lists, in label order."""
-    texts, device = [text for some in sentences for text in some], model.logit_scale.device
-    owner = torch.tensor([k for k, some in enumerate(sentences) for _ in some], device=device)
     with autocast():
-        t = model.encode_text(clip.tokenize(texts, truncate=True).to(device), chunk=256).float()
-    t = F.normalize(t, dim=-1)                                                  # (sentences, D)
-    sums = t.new_zeros(len(sentences), t.shape[1]).index_add_(0, owner, t)
-    return F.normalize(sums / owner.bincount()[:, None], dim=-1)
+        t = [model.encode_text(clip.tokenize(texts, truncate=True).to(model.logit_scale.device))
+             for texts in sentences]                                            # C x (., D)
+    return F.normalize(torch.stack([F.normalize(t_k.float(), dim=-1).mean(dim=0) for t_k in t]),
+                       dim=-1)
 
 
 @torch.no_grad()

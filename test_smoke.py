@@ -2650,7 +2650,7 @@ def test_gradients(frozen):
         return coft.phase1_loss(frozen, me, x, y, keep, y, y_bar, lam, balance, nullcontext)
 
     def phase2(keep, balance):
-        return coft.phase2_loss(frozen, me, x, y, keep, y, y_bar, balance, nullcontext)
+        return coft.phase2_loss(frozen, me, x, y, keep, y, y_bar, 1.0, balance, nullcontext)
     l_cls, l_neg = phase1(all_, 0.0).item(), phase1(none, 1.0).item()
     assert phase1(all_, 0.5).item() == pytest.approx(l_cls + 0.5 * l_neg, rel=1e-5)      # Eq. 7
     assert gradients(frozen, me, phase1(all_, 0.0)) == {"V+", "prompts"}
