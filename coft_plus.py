@@ -12,7 +12,8 @@ those too whose label nobody trusts yet.
         l_pos, l_neg = tau f(x).t+, tau f(x).t-     two prompts per class                   Eq. 3
         keep = high & (the peer's p_clean_y > 1/2)  no threshold to tune                    Eq. 4
         loss = loss_cls(l_pos, y, keep) + lam loss_neg(l_pos, l_neg, y_peer, y_bar)         Eq. 5-7
-    again, rounds times, with new light modules: y, high = next_labels(p, rho), rho grows   Eq. 10
+    again, rounds times, with new light modules:
+        y, high = next_labels(p, rho), rho grows; in phase 2 keep &= high, rho grows to 1   Eq. 10
     phase 2, all weights of the image encoder:
         y = the peer's label now, keep = its p_clean_y > 1/2, for every image
         loss = loss_cls(l_pos, y, keep)             t- learns too, f ignores its gradient   Eq. 8
@@ -113,6 +114,11 @@ def next_labels(p, rho, strength=1.0):
     high keeps the images on which both agree. p (2, N, C) -> y (N,), high (N,) bool."""
     y, high = pseudo_labels(align(mean_prediction(p), strength), rho)
     return y, high & (p[0].argmax(dim=1) == p[1].argmax(dim=1))
+
+
+def grown(rho, part):
+    """Eq. (10): rho of Eq. (2) after `part` (0 to 1) of the way from rho to all images."""
+    return rho + (1 - rho) * part
 
 
 def info_nce(q, k, y, queue, y_queue, T=0.1):
@@ -505,9 +511,8 @@ def adapt(args):
             (2, 0, args.epochs2, strong if args.strong_view else weak)):
         if phase == 2 and not epochs:
             break
-        if turn:                                        # Eq. 10: rho grows, to reach 1 in phase 2
-            rho = args.rho + (1 - args.rho) * turn / args.rounds
-            y0, high = next_labels(p, rho, args.balance)                        # (N,) each
+        if turn:                                                                # Eq. 10
+            y0, high = next_labels(p, grown(args.rho, turn / args.rounds), args.balance)
             models = fresh()
         if phase == 2:
             for me in models:
@@ -543,6 +548,9 @@ def adapt(args):
                 break
             aligned = torch.stack([align(q, args.balance) for q in p])          # (2, N, C)
             y, keep = verdicts(phase, aligned, p_clean, y0, high, peers, threshold)
+            if phase == 2 and args.rounds > 1:          # Eq. 10: it goes on growing, to all images
+                part = (args.rounds - 1 + epoch / max(1, epochs - 1)) / args.rounds
+                keep &= next_labels(p, grown(args.rho, part), args.balance)[1]
             for step, pair in run.steps(zip(range(step + 1, total + 1), zip(*loaders)),
                                         2 * min(args.batch_size, N)):
                 rows.append(train_step(phase, step, pair, model, wrapped, teachers, optimizers,
@@ -609,7 +617,7 @@ def parse(argv=None):
         "(deep prompts; 4 tokens), lora (on q and v; rank 4) or adapter (bottlenecks; width 16)")
     add("--prompts", metavar="FILE", help="sentences about the classes, Eq. 12: JSON, see data.py; "
         "default: ours for the demo and ten data sets; '': the template alone")
-    add("--rounds", type=data.positive, default=3, metavar="R", help="of phase 1, Eq. 10")
+    add("--rounds", type=data.positive, default=3, metavar="R", help="of phase 1, Eq. 10; 1: one, as CoFT")
     add("--mu", type=float, default=1.0, help="weight of the contrastive loss, Eq. 11; 0: off")
     add("--epochs1", type=data.natural, default=4, help="of each round of phase 1")
     add("--epochs2", type=data.natural, default=4, help="of phase 2; 0 leaves it out")

@@ -3360,6 +3360,7 @@ def test_next_labels_are_agreed_on():                   # Eq. (10)
     assert y.tolist() == [0, 0, 1, 1] and high.tolist() == [True, False, True, True]
     y, high = coft_plus.next_labels(p, rho=0.5)         # of each class the surer half
     assert high.tolist() == [True, False, True, False]
+    assert [coft_plus.grown(0.25, part) for part in (0, 1 / 3, 1)] == [0.25, 0.5, 1]
 
 
 def test_only_the_query_side_learns(little):
