@@ -191,7 +191,7 @@ class Contrast(nn.Module):
     @torch.no_grad()
     def update(self, z, key, y, m=0.99):
         """The batch enters queue and prototypes; z, key (B, d), y (B,)."""
-        n = torch.bincount(y, minlength=len(self.prototypes))[:, None]              # (C, 1)
+        n = F.one_hot(y, len(self.prototypes)).sum(dim=0)[:, None]                  # (C, 1)
         total = torch.zeros_like(self.prototypes).index_add(0, y, z)                # (C, d)
         mixed = m ** n * self.prototypes + (1 - m ** n) * total / n.clamp(min=1)    # n at once
         self.prototypes.copy_(F.normalize(mixed, dim=1))

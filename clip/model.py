@@ -301,14 +301,16 @@ class CLIP(nn.Module):
         The tower is causal and the feature is read at the end-of-text token (the largest id), so
         what comes after the last of them is never computed.  `chunk`: see encode_text_embeddings.
         """
-        eot = text.argmax(dim=-1)  # (n,)
+        eot = text.argmax(dim=-1).cpu()  # (n,)
         return self._encode_chunks(text, eot, chunk)  # (n, D)
 
     def encode_text_embeddings(self, emb, eot, chunk=None):
         """Token embeddings (n, L, W) without positions, end-of-text index (n,) -> features (n, D).
 
         More than `chunk` texts are encoded `chunk` at a time, and each chunk is recomputed in the
-        backward pass (activation checkpointing): same numbers, memory of one chunk.
+        backward pass (activation checkpointing): same numbers, memory of one chunk.  Let emb end
+        with the longest text: what follows is cut off only if eot is on the CPU, as reading it on
+        a GPU would mean to wait.
         """
         return self._encode_chunks(emb, eot, chunk)  # (n, D)
 
@@ -316,8 +318,9 @@ class CLIP(nn.Module):
         if text.shape[1] > self.context_length:
             raise ValueError(f"texts of {text.shape[1]} tokens, but the model's context length is "
                              f"{self.context_length}")
-        length = int(eot.max()) + 1 if len(eot) else 1  # the only wait for the device
-        text, eot = text[:, :length], eot.to(text.device)
+        if eot.device.type == "cpu":
+            text = text[:, :int(eot.max()) + 1 if len(eot) else 1]  # (n, T)
+        eot = eot.to(text.device)
         if chunk is None or len(text) <= chunk:
             return self._encode_rows(text, eot)  # (n, D)
         rows = zip(text.split(chunk), eot.split(chunk))
