@@ -170,7 +170,8 @@ class Prompt(nn.Module):
     def forward(self, model):
         V = self.V.expand(len(self.eot), -1, -1)                        # (C, L, W)
         emb = torch.cat([self.before, V, self.after], dim=1)            # (C, T, W)
-        return F.normalize(model.encode_text_embeddings(emb, self.eot, chunk=256), dim=-1)
+        t = model.encode_text_embeddings(emb, self.eot, chunk=256, shared=1 + V.shape[1])
+        return F.normalize(t, dim=-1)                                   # (C, D)
 
 
 class Contrast(nn.Module):
