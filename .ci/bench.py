@@ -45,8 +45,8 @@ ARCHS = {   # embedding, resolution, layers, width, patch; text: length, words, 
 TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312,
           "A10G": 70, "A10": 125, "A30": 165, "L40S": 362, "L40": 181, "L4": 121, "RTX 4090": 165,
           "RTX 3090": 71}                           # bf16, dense, per the maker; first match counts
-WORDS = ("cat dog tree house river bread knife piano castle horse boat train apple chair lamp tiger "
-         "shoe clock bridge flower glove truck eagle mushroom guitar spider bottle ladder rabbit "
+WORDS = ("cat dog tree house river bread knife piano castle horse boat train apple chair lamp "
+         "tiger shoe clock bridge flower glove truck eagle mushroom guitar spider bottle ladder rabbit "
          "violin barn whale").split()
 TEMPLATE = "a photo of a {}."
 
@@ -266,14 +266,15 @@ def main(argv=None):
     add("--out", metavar="FILE", help="also write the table there, as JSON lines")
     args = parser.parse_args(argv)
     args.batch_size = int(args.batch_size)
-    about = dict(torch=torch.__version__, chip=torch.cuda.get_device_name(args.device)
-                 if args.device.startswith("cuda") else f"CPU, {args.threads} threads", **vars(args))
+    chip = (torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else
+            f"CPU with {args.threads} threads")
+    about = dict(torch=torch.__version__, chip=chip, **vars(args))
     print(", ".join(f"{k} {about[k]}" for k in ("chip", "torch", "arch", "batch_size", "amp",
                                                 "compile")))
     lines = [about]
     for C in map(int, args.classes.split(",")):
-        print(f"\n| {C} classes | ms/step (least-most) | images/s | the usual way's, times | peak GB "
-              f"| TFLOP/step | of peak |\n|---|---|---|---|---|---|---|", flush=True)
+        print(f"\n| {C} classes | ms/step (least-most) | images/s | times the usual | peak GB | "
+              f"TFLOP/step | of peak |\n|---|---|---|---|---|---|---|", flush=True)
         base = None
         for row in (r for r in ROWS if args.rows in r):
             m = measure(args, row, C)
@@ -285,7 +286,7 @@ def main(argv=None):
             ratio = f"{m['images_per_s'] / base:.2f}" if base else "-"
             print(f"| {row} | {m['ms']:.1f} ({m['least_ms']:.1f}-{m['most_ms']:.1f}) | "
                   f"{m['images_per_s']:.0f} | {ratio} | {m.get('peak_gb') or '-'} | "
-                  f"{m['tflop']:.3g} | {'-' if not m['of_peak'] else format(m['of_peak'], '.0%')} |",
+                  f"{m['tflop']:.3g} | {format(m['of_peak'], '.0%') if m['of_peak'] else '-'} |",
                   flush=True)
     if args.out:
         Path(args.out).write_text("".join(json.dumps(line) + "\n" for line in lines))
