@@ -46,8 +46,8 @@ TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2
           "A10G": 70, "A10": 125, "A30": 165, "L40S": 362, "L40": 181, "L4": 121, "RTX 4090": 165,
           "RTX 3090": 71}                           # bf16, dense, per the maker; first match counts
 WORDS = ("cat dog tree house river bread knife piano castle horse boat train apple chair lamp "
-         "tiger shoe clock bridge flower glove truck eagle mushroom guitar spider bottle ladder rabbit "
-         "violin barn whale").split()
+         "tiger shoe clock bridge flower glove truck eagle mushroom guitar spider bottle ladder "
+         "rabbit violin barn whale").split()
 TEMPLATE = "a photo of a {}."
 
 
