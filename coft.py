@@ -154,7 +154,8 @@ class Prompt(nn.Module):
     def forward(self, model):
         V = self.V.expand(len(self.eot), -1, -1)                        # (C, L, W)
         emb = torch.cat([self.before, V, self.after], dim=1)            # (C, T, W)
-        return F.normalize(model.encode_text_embeddings(emb, self.eot, chunk=256), dim=-1)
+        shared = 1 + V.shape[1] if len(self.V) == 1 else 0              # tokens that all start with
+        return F.normalize(model.encode_text_embeddings(emb, self.eot, 256, shared), dim=-1)
 
 
 class LoRA(nn.Module):

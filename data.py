@@ -64,7 +64,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -320,12 +320,18 @@ def transforms(size):
             Augment(short, size, (0.4, 1.0), randaugment=True))
 
 
+@cache
+def mean_std(R, device):
+    """CLIP's, for a row of R pixels; kept, as a copy to a GPU waits for all that it has to do."""
+    return [torch.tensor(v, device=device).repeat(R) for v in (MEAN, STD)]
+
+
 def normalize(x, out=None):
     """uint8 pixels (B, R, R, 3) -> CLIP's floats (B, 3, R, R), bit for bit those of its preprocess;
     channels last in memory, as GPUs like it. out: where to put them, (B, R, R, 3)."""
     out = torch.empty(x.shape, device=x.device) if out is None else out
     row = x.shape[2] * 3                                                        # R R G B ... values
-    mean, std = (torch.tensor(v, device=x.device).repeat(x.shape[2]) for v in (MEAN, STD))
+    mean, std = mean_std(x.shape[2], x.device)                                  # (row,) each
     few = 2**15 // row if x.device.type == "cpu" else len(x) * x.shape[1]       # stay in the cache
     for part, into in zip(x.view(-1, row).split(few), out.view(-1, row).split(few)):
         torch.div(part, 255, out=into).sub_(mean).div_(std)

@@ -170,7 +170,8 @@ class Prompt(nn.Module):
     def forward(self, model):
         V = self.V.expand(len(self.eot), -1, -1)                        # (C, L, W)
         emb = torch.cat([self.before, V, self.after], dim=1)            # (C, T, W)
-        return F.normalize(model.encode_text_embeddings(emb, self.eot, chunk=256), dim=-1)
+        t = model.encode_text_embeddings(emb, self.eot, chunk=256, shared=1 + V.shape[1])
+        return F.normalize(t, dim=-1)                                   # (C, D)
 
 
 class Contrast(nn.Module):
@@ -191,7 +192,7 @@ class Contrast(nn.Module):
     @torch.no_grad()
     def update(self, z, key, y, m=0.99):
         """The batch enters queue and prototypes; z, key (B, d), y (B,)."""
-        n = torch.bincount(y, minlength=len(self.prototypes))[:, None]              # (C, 1)
+        n = F.one_hot(y, len(self.prototypes)).sum(dim=0)[:, None]                  # (C, 1)
         total = torch.zeros_like(self.prototypes).index_add(0, y, z)                # (C, d)
         mixed = m ** n * self.prototypes + (1 - m ** n) * total / n.clamp(min=1)    # n at once
         self.prototypes.copy_(F.normalize(mixed, dim=1))

@@ -195,6 +195,25 @@ def test_text_is_cut_after_the_last_end_of_text(vit):
             vit.encode_text(torch.zeros(1, 78, dtype=torch.long))
 
 
+def test_shared_words_are_computed_once_and_exact(vit):
+    tokens = clip.tokenize([f"a photo of a {'big ' * (i % 3)}cat" for i in range(7)])[:, :10]
+    eot, seen, results = tokens.argmax(-1), [], []
+    handle = vit.transformer.resblocks[0].register_forward_hook(
+        lambda *a: seen.append(a[2].shape[0] * a[2].shape[1]))
+    for chunk, shared in ((None, 0), (None, 5), (None, 1), (3, 5)):
+        V = vit.token_embedding(tokens[:1, 1:5]).detach().requires_grad_()      # (1, 4, W)
+        emb = vit.token_embedding(tokens).detach()                              # (7, 10, W)
+        emb = torch.cat([emb[:, :1], V.expand(7, -1, -1), emb[:, 5:]], dim=1)
+        features = vit.encode_text_embeddings(emb, eot, chunk, shared)          # (7, D)
+        results.append((features, *torch.autograd.grad(features.square().sum(), [V])))
+    handle.remove()
+    T = int(eot.max()) + 1
+    assert seen[:4] == [7 * T, 5 + 7 * (T - 5), 1 + 7 * (T - 1), 5 + 3 * (T - 5)]
+    for f, g in results[1:]:
+        assert torch.allclose(f, results[0][0], rtol=1e-4, atol=1e-5)
+        assert torch.allclose(g, results[0][1], rtol=1e-4, atol=1e-5 * float(g.abs().max()) + 1e-5)
+
+
 def test_chunks_are_checkpointed_and_exact(vit):
     tokens = clip.tokenize([f"number {i} of many" + " and more" * (i % 3) for i in range(7)])
     eot, calls, results = tokens.argmax(-1), [], []

@@ -42,10 +42,13 @@ class LayerNorm(nn.LayerNorm):
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x): the approximation of GELU that OpenAI's weights were trained with."""
+    """x * sigmoid(1.702 x): the approximation of GELU that OpenAI's weights were trained with.
+
+    As silu(1.702 x) / 1.702 it keeps one tensor for the backward pass instead of two.
+    """
 
     def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
+        return F.silu(1.702 * x) * (1 / 1.702)
 
 
 class Attention(nn.Module):
@@ -58,14 +61,24 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, h, causal=False, delta=None):
+    def forward(self, h, causal=False, delta=None, shared=0, texts=1):
+        """h (B, T, W); or (1, shared + texts R, W), `shared` tokens in front of each text's R."""
         qkv = F.linear(h, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3W)
         if delta is not None:
             qkv = qkv + delta.to(qkv.dtype)  # (B, T, 3W)
         qkv = qkv.unflatten(-1, (3, self.heads, h.shape[-1] // self.heads))  # (B, T, 3, H, W/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 times (B, H, T, W/H)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, H, T, W/H)
-        return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, W)
+        if not shared:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, H, T, W/H)
+            return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, W)
+        own = [t[0, :, shared:].unflatten(1, (texts, -1)).transpose(0, 1) for t in (q, k, v)]
+        q, k, v = (t[:, :, :shared] for t in (q, k, v))  # (1, H, shared, W/H); own (n, H, R, W/H)
+        front = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        k, v = (torch.cat([t.expand(texts, -1, -1, -1), o], dim=2) for t, o in zip((k, v), own[1:]))
+        mask = torch.ones(own[0].shape[2], k.shape[2], dtype=torch.bool, device=k.device)  # (R, T)
+        y = F.scaled_dot_product_attention(own[0], k, v, attn_mask=mask.tril(shared))
+        y = [t.transpose(1, 2).flatten(2).flatten(0, 1) for t in (front, y)]
+        return self.out_proj(torch.cat(y)[None])  # (1, shared + n R, W)
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -80,9 +93,10 @@ class ResidualAttentionBlock(nn.Module):
             c_fc=nn.Linear(width, 4 * width), gelu=activation(),
             c_proj=nn.Linear(4 * width, width)))
 
-    def forward(self, x, causal=False, adapter=None):
+    def forward(self, x, causal=False, adapter=None, **shared):
         h = self.ln_1(x)  # (B, T, W)
-        x = x + self.attn(h, causal, None if adapter is None else adapter("qkv", h))  # (B, T, W)
+        delta = None if adapter is None else adapter("qkv", h)
+        x = x + self.attn(h, causal, delta, **shared)  # (B, T, W)
         h = self.ln_2(x)  # (B, T, W)
         extra = None if adapter is None else adapter("mlp", h)
         y = self.mlp(h)  # (B, T, W)
@@ -105,9 +119,9 @@ class Transformer(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=(2 * layers * width) ** -0.5)
 
-    def forward(self, x, causal=False):
+    def forward(self, x, causal=False, **shared):
         for block in self.resblocks:
-            x = block(x, causal)  # (B, T, W)
+            x = block(x, causal, **shared)  # (B, T, W)
         return x
 
 
@@ -301,35 +315,47 @@ class CLIP(nn.Module):
         The tower is causal and the feature is read at the end-of-text token (the largest id), so
         what comes after the last of them is never computed.  `chunk`: see encode_text_embeddings.
         """
-        eot = text.argmax(dim=-1)  # (n,)
+        eot = text.argmax(dim=-1).cpu()  # (n,)
         return self._encode_chunks(text, eot, chunk)  # (n, D)
 
-    def encode_text_embeddings(self, emb, eot, chunk=None):
+    def encode_text_embeddings(self, emb, eot, chunk=None, shared=0):
         """Token embeddings (n, L, W) without positions, end-of-text index (n,) -> features (n, D).
 
         More than `chunk` texts are encoded `chunk` at a time, and each chunk is recomputed in the
-        backward pass (activation checkpointing): same numbers, memory of one chunk.
-        """
-        return self._encode_chunks(emb, eot, chunk)  # (n, D)
+        backward pass (activation checkpointing): same numbers, memory of one chunk.  Let emb end
+        with the longest text: what follows is cut off only if eot is on the CPU, as reading it on
+        a GPU would mean to wait.
 
-    def _encode_chunks(self, text, eot, chunk):
+        shared: so many tokens at the front, none of them the last, are the same in all texts.  As
+        the tower is causal they are computed once (per chunk).
+        """
+        return self._encode_chunks(emb, eot, chunk, shared)  # (n, D)
+
+    def _encode_chunks(self, text, eot, chunk, shared=0):
         if text.shape[1] > self.context_length:
             raise ValueError(f"texts of {text.shape[1]} tokens, but the model's context length is "
                              f"{self.context_length}")
-        length = int(eot.max()) + 1 if len(eot) else 1  # the only wait for the device
-        text, eot = text[:, :length], eot.to(text.device)
+        if eot.device.type == "cpu":
+            text = text[:, :int(eot.max()) + 1 if len(eot) else 1]  # (n, T)
+        eot = eot.to(text.device)
         if chunk is None or len(text) <= chunk:
-            return self._encode_rows(text, eot)  # (n, D)
+            return self._encode_rows(text, eot, shared)  # (n, D)
         rows = zip(text.split(chunk), eot.split(chunk))
         if not torch.is_grad_enabled():
-            return torch.cat([self._encode_rows(t, e) for t, e in rows])  # (n, D)
-        return torch.cat([checkpoint(self._encode_rows, t, e, use_reentrant=False,
+            return torch.cat([self._encode_rows(t, e, shared) for t, e in rows])  # (n, D)
+        return torch.cat([checkpoint(self._encode_rows, t, e, shared, use_reentrant=False,
                                      preserve_rng_state=False) for t, e in rows])  # (n, D)
 
-    def _encode_rows(self, text, eot):
+    def _encode_rows(self, text, eot, shared):
         emb = text if text.is_floating_point() else self.token_embedding(text)  # (n, T, W)
         x = emb + self.positional_embedding[:emb.shape[1]]  # (n, T, W)
-        x = self.transformer(x, causal=True)  # (n, T, W)
+        if shared:
+            n, own = len(x), x[:, shared:].flatten(0, 1)  # (n R, W)
+            x = torch.cat([x[0, :shared], own])[None]  # (1, shared + n R, W)
+            x = self.transformer(x, causal=True, shared=shared, texts=n)
+            x, eot = x[0, shared:].unflatten(0, (n, -1)), eot - shared  # (n, R, W), (n,)
+        else:
+            x = self.transformer(x, causal=True)  # (n, T, W)
         x = x[torch.arange(len(x), device=x.device), eot]  # (n, W)
         return self.ln_final(x) @ self.text_projection  # (n, D)
 

@@ -1,0 +1,296 @@
+#!/usr/bin/env python
+"""Speed and memory of the scripts' training steps, on random weights, images and labels.
+
+    python .ci/bench.py                                     toy size, CPU, under a minute
+    python .ci/bench.py --device cuda --arch ViT-B/16 --batch-size 64 --classes 37,100,1000
+
+Every row is timed on the script's own train_step, from uint8 pixels in (pinned) memory to the EMA
+update; decoding is left out (`python data.py PATH --speed`). The baseline, `Usual`, is the same
+training step as it is usually written: texts of 77 tokens, attention as an explicit softmax, no
+checkpointing, a frozen CLIP per model. "of peak": the floating point operations of a step, those
+that are done again for checkpointing among them, per second, divided by the chip's dense bf16 rate.
+
+B images per step and model, C classes, D embedding, H heads, L context tokens, n texts, T tokens,
+W width.
+"""
+import argparse
+import copy
+import json
+import multiprocessing
+import re
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import clip  # noqa: E402
+import coft  # noqa: E402
+import coft_plus  # noqa: E402
+import data  # noqa: E402
+import prompt_align  # noqa: E402
+
+ARCHS = {   # embedding, resolution, layers, width, patch; text: length, words, width, heads, layers
+    "toy": (64, 32, 3, 128, 8, 77, 49408, 64, 2, 3),
+    "ViT-B/32": (512, 224, 12, 768, 32, 77, 49408, 512, 8, 12),
+    "ViT-B/16": (512, 224, 12, 768, 16, 77, 49408, 512, 8, 12),
+    "ViT-L/14": (768, 224, 24, 1024, 14, 77, 49408, 768, 12, 12)}
+TFLOPS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312,
+          "A10G": 70, "A10": 125, "A30": 165, "L40S": 362, "L40": 181, "L4": 121, "RTX 4090": 165,
+          "RTX 3090": 71}                           # bf16, dense, per the maker; first match counts
+WORDS = ("cat dog tree house river bread knife piano castle horse boat train apple chair lamp "
+         "tiger shoe clock bridge flower glove truck eagle mushroom guitar spider bottle ladder "
+         "rabbit violin barn whale").split()
+TEMPLATE = "a photo of a {}."
+
+
+class Usual(nn.Module):
+    """The baseline's model: deep visual prompts, a shared V+ and a V- per class, a CLIP of its own.
+    """
+    def __init__(self, model, names):
+        super().__init__()
+        self.clip = copy.deepcopy(model)
+        tokens = clip.tokenize([TEMPLATE.format(c) for c in names]).to(model.logit_scale.device)
+        self.emb, self.eot = model.token_embedding(tokens), tokens.argmax(dim=1)    # (C, 77, W)
+        self.pos = nn.Parameter(self.emb[0, 1:5].clone())                           # (L, W)
+        self.neg = nn.Parameter(self.emb[:, 1:5].clone())                           # (C, L, W)
+        layers, width = model.visual.transformer.layers, model.visual.transformer.width
+        self.prompts = nn.Parameter(0.02 * torch.randn(layers, 4, width))
+
+    def block(self, block, x, mask=0.0):
+        a, h = block.attn, block.ln_1(x)
+        qkv = F.linear(h, a.in_proj_weight, a.in_proj_bias)                         # (n, T, 3W)
+        q, k, v = qkv.unflatten(-1, (3, a.heads, -1)).permute(2, 0, 3, 1, 4)        # (n, H, T, W/H)
+        s = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + mask).softmax(dim=-1)   # (n, H, T, T)
+        x = x + a.out_proj((s @ v).transpose(1, 2).flatten(2))                      # (n, T, W)
+        return x + block.mlp(block.ln_2(x))
+
+    def text(self, V):
+        V = V.expand(len(self.emb), -1, -1)                                         # (C, L, W)
+        x = torch.cat([self.emb[:, :1], V, self.emb[:, 5:]], dim=1)                 # (C, 77, W)
+        x = x + self.clip.positional_embedding
+        mask = torch.full((77, 77), float("-inf"), device=x.device).triu(1)
+        for block in self.clip.transformer.resblocks:
+            x = self.block(block, x, mask)
+        x = self.clip.ln_final(x)[torch.arange(len(x), device=x.device), self.eot]  # (C, W)
+        return F.normalize((x @ self.clip.text_projection).float(), dim=-1)         # (C, D)
+
+    def features(self, x):
+        v = self.clip.visual
+        x = v.conv1(x).flatten(2).transpose(1, 2)                                   # (B, T, W)
+        x = torch.cat([v.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        x = v.ln_pre(x + v.positional_embedding)
+        for block, new in zip(v.transformer.resblocks, self.prompts):
+            new = new.to(x.dtype).expand(len(x), -1, -1)
+            x = self.block(block, torch.cat([x[:, :1], new, x[:, 1:]], dim=1))[
+                :, [0, *range(5, x.shape[1] + 4)]]                                  # (B, T, W)
+        return F.normalize((v.ln_post(x[:, 0]) @ v.proj).float(), dim=-1)           # (B, D)
+
+    def step(self, x, y, keep, y_bar, optimizer, scaler, autocast):
+        tau = self.clip.logit_scale.exp()
+        with autocast():
+            f, t_pos, t_neg = self.features(x), self.text(self.pos), self.text(self.neg)
+        l_pos, l_neg = coft.logits(f, t_pos, t_neg, tau)                            # (B, C) each
+        loss = coft.loss_cls(l_pos, y, keep) + coft.loss_neg(l_pos, l_neg, y, y_bar)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+
+# What is measured: {row: setup(o) -> step()}. o: device, model, names, B, C, autocast, scaler,
+# pixels() -> a batch (B, 3, R, R) as the loader gives it, compiled.
+
+
+def usual(o):
+    models = [Usual(o.model, o.names).to(o.device) for _ in range(2)]
+    for me in models:
+        me.clip.requires_grad_(False)
+    optimizers = [torch.optim.AdamW([me.pos, me.neg, me.prompts], fused=o.fused) for me in models]
+    y, y_bar = torch.randint(o.C, (2, o.B), device=o.device)
+    keep = torch.rand(o.B, device=o.device) > 0.5
+
+    def step():
+        for me, optimizer in zip(models, optimizers):
+            me.step(o.pixels(), y, keep, y_bar, optimizer, o.scaler, o.autocast)
+    return step, 2 * o.B
+
+
+def two_models(script, phase, o):
+    plus, device = script is coft_plus, o.device
+    extra = (F.normalize(torch.randn(o.C, o.model.visual.output_dim, device=device), dim=1),
+             64) if plus else ()
+    models = nn.ModuleList(script.Model(o.model, o.names, TEMPLATE, "vpt:4", *extra)
+                           for _ in range(2)).to(device)
+    for me in models if phase == 2 else ():
+        me.unfreeze(o.model)
+        if o.compiled:
+            me.visual.compile()
+    teachers = copy.deepcopy(models).requires_grad_(False)
+    optimizers = [torch.optim.AdamW(me.groups(2e-3, 1e-5), weight_decay=0.0, fused=o.fused)
+                  for me in models]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(d, lambda k: 1.0) for d in optimizers]
+    N = 4 * o.B
+    tables = (torch.randint(o.C, (2, N)), torch.rand(2, N) > 0.5,
+              torch.randn(2, N, o.C).softmax(dim=2))
+    queues = [script.Queue(16 * o.B, 64).to(device) for _ in range(2)] if plus else None
+    more = (1.0, queues) if plus else ()
+
+    def step():
+        pair = [(*(o.pixels() for _ in range(1 + plus)), torch.randint(N, (o.B,)))
+                for _ in range(2)]
+        script.train_step(phase, 9, pair, o.model, models, teachers, optimizers, schedules,
+                          o.scaler, tables, (1, 0), 1.0, 1.0, *more, o.autocast)
+    return step, 2 * o.B
+
+
+def prompts(kept, o):
+    prompt = prompt_align.Prompt(o.model, o.names, TEMPLATE, 16).to(o.device)
+    optimizer = torch.optim.SGD(prompt.parameters(), 2e-3, momentum=0.9, fused=o.fused)
+    schedule, N = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1.0), 4 * o.B
+    sets, unit = torch.rand(N, o.C) > 0.5, partial(F.normalize, dim=-1)
+    D, features = o.model.visual.output_dim, prompt_align.Features(
+        o.model, lambda *_, **__: None, 1, o.B, kept, o.autocast)
+    tables = sets, sets.float().to(o.device), unit(torch.randn(o.C, D, device=o.device))
+    table = unit(torch.randn(1, N, D))
+
+    def step():
+        i = torch.randint(N, (o.B,))
+        f = table[:, i] if kept else features.encode([o.pixels()])                  # (1, B, D)
+        prompt_align.train_step("cc", "mixed", 0, 0.5, f, i, o.model, prompt, None, tables,
+                                (optimizer, schedule, o.scaler), o.autocast)
+    return step, o.B
+
+
+ROWS = {"the usual way": usual, "coft.py, phase 1": partial(two_models, coft, 1),
+        "coft.py, phase 2": partial(two_models, coft, 2),
+        "coft_plus.py, phase 1": partial(two_models, coft_plus, 1),
+        "coft_plus.py, phase 2": partial(two_models, coft_plus, 2),
+        "prompt_align.py": partial(prompts, False),
+        "prompt_align.py, features kept": partial(prompts, True)}
+
+
+def prepare(args, row, C):
+    """(step, images per step) of a row."""
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    e, r, vl, vw, p, length, words, tw, th, tl = ARCHS[args.arch]
+    with device:
+        model = clip.CLIP(e, r, vl, vw, p, length, words, tw, th, tl).eval().requires_grad_(False)
+    if args.compile:
+        model.visual.compile()
+    autocast, scaler = data.precision(args.amp, device)
+    x = torch.randint(256, (args.batch_size, r, r, 3), dtype=torch.uint8)
+    x = x.pin_memory() if device.type == "cuda" else x
+    names = [f"{WORDS[k % 32]} {WORDS[k // 32]}" for k in range(C)]
+    return ROWS[row](SimpleNamespace(
+        device=device, model=model, names=names, B=args.batch_size, C=C, autocast=autocast,
+        scaler=scaler, fused=device.type == "cuda", compiled=args.compile,
+        pixels=lambda: data.normalize(x.to(device, non_blocking=True))))
+
+
+def peak(args, row, C, queue):
+    """In a process of its own: the peak memory of it and one step, in GB."""
+    prepare(args, row, C)[0]()
+    status = Path("/proc/self/status")                  # getrusage's peak begins at the parent's
+    high = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
+    queue.put(round(int(high[1]) / 2**20, 3) if high else data.peak_memory_gb(torch.device("cpu")))
+
+
+def measure(args, row, C):
+    """A row of the table as a dict."""
+    cuda, found = args.device.startswith("cuda"), {"row": row, "classes": C}
+    wait = partial(torch.cuda.synchronize, args.device) if cuda else lambda: None
+    if not cuda and args.memory:
+        context = multiprocessing.get_context("spawn")
+        queue = context.Queue()
+        child = context.Process(target=peak, args=(args, row, C, queue))
+        child.start()
+        child.join()
+        found["peak_gb"] = None if child.exitcode else queue.get()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        plain = copy.copy(args)
+        plain.compile = False                       # compiled code is not counted
+        with FlopCounterMode(display=False) as counter:
+            prepare(plain, row, C)[0]()
+        step, images = prepare(args, row, C)
+        for _ in range(args.warmup):
+            step()
+        times = []
+        for _ in range(args.steps):
+            wait()
+            start = time.perf_counter()
+            step()
+            wait()
+            times.append(time.perf_counter() - start)
+    except torch.OutOfMemoryError:
+        return {**found, "error": "out of memory"}
+    if cuda:
+        found["peak_gb"] = data.peak_memory_gb(torch.device(args.device))
+    middle, chip = statistics.median(times), torch.cuda.get_device_name(args.device) if cuda else ""
+    rate = next((v for k, v in TFLOPS.items() if k in chip), None)
+    tflop = counter.get_total_flops() / 1e12
+    return {**found, "ms": 1e3 * middle, "least_ms": 1e3 * min(times), "most_ms": 1e3 * max(times),
+            "images_per_s": images / middle, "tflop": tflop,
+            "of_peak": rate and tflop / middle / rate}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Speed and memory of the training steps.",
+                                     formatter_class=data.Help)
+    add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to measure")
+    add("--arch", choices=ARCHS, default="toy", help="shape of the model; its weights are random")
+    add("--batch-size", type=data.above_zero, default=32, help="images per step and model")
+    add("--classes", default="300", help="numbers of classes, up to 1024, a table each")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="as in the scripts")
+    add("--compile", default=False, help="torch.compile the image towers, not the usual way's",
+        **switch)
+    add("--rows", metavar="TEXT", default="", help="only those whose name contains it")
+    add("--steps", type=data.natural, default=3, help="that are timed; the median counts")
+    add("--warmup", type=data.natural, default=1, help="steps before")
+    add("--threads", type=data.natural, default=torch.get_num_threads(), help="of the CPU")
+    add("--memory", default=True, help="on a CPU: a process for each row, to see its peak",
+        **switch)
+    add("--out", metavar="FILE", help="also write the table there, as JSON lines")
+    args = parser.parse_args(argv)
+    args.batch_size = int(args.batch_size)
+    chip = (torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else
+            f"CPU with {args.threads} threads")
+    about = dict(torch=torch.__version__, chip=chip, **vars(args))
+    print(", ".join(f"{k} {about[k]}" for k in ("chip", "torch", "arch", "batch_size", "amp",
+                                                "compile")))
+    lines = [about]
+    for C in map(int, args.classes.split(",")):
+        print(f"\n| {C} classes | ms/step (least-most) | images/s | times the usual | peak GB | "
+              f"TFLOP/step | of peak |\n|---|---|---|---|---|---|---|", flush=True)
+        base = None
+        for row in (r for r in ROWS if args.rows in r):
+            m = measure(args, row, C)
+            lines.append(m)
+            if "error" in m:
+                print(f"| {row} | {m['error']} |", flush=True)
+                continue
+            base = m["images_per_s"] if row == "the usual way" else base
+            ratio = f"{m['images_per_s'] / base:.2f}" if base else "-"
+            print(f"| {row} | {m['ms']:.1f} ({m['least_ms']:.1f}-{m['most_ms']:.1f}) | "
+                  f"{m['images_per_s']:.0f} | {ratio} | {m.get('peak_gb') or '-'} | "
+                  f"{m['tflop']:.3g} | {format(m['of_peak'], '.0%') if m['of_peak'] else '-'} |",
+                  flush=True)
+    if args.out:
+        Path(args.out).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
