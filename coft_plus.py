@@ -491,6 +491,8 @@ def adapt(args):
         written, line = data.load_prompts(path, names, found.templates[0])
         sentences = [list(dict.fromkeys(a + b)) for a, b in zip(sentences, written)]
         run.say(line)
+    else:
+        run.say("no sentences about these classes (--prompts FILE): the template alone")
     t0 = classifier(model, sentences, autocast)                                 # (C, D)
     p0, p0_test = (zero_shot(model, t0, b, n, autocast)
                    for b, n in ((plain, N), (test, N_test)))                    # (N, C) each
