@@ -111,13 +111,14 @@ def loss_neg(l_pos, l_neg, y, y_bar):
 
 def next_labels(p, rho, strength=1.0):
     """Eq. (10): the next round's y and high, as Eq. (2) from the mean of the two models, of which
-    high keeps the images on which both agree. p (2, N, C) -> y (N,), high (N,) bool."""
+    high keeps the images on which both agree: even with rho = 1 at most N / C per class.
+    p (2, N, C) -> y (N,), high (N,) bool."""
     y, high = pseudo_labels(align(mean_prediction(p), strength), rho)
     return y, high & (p[0].argmax(dim=1) == p[1].argmax(dim=1))
 
 
 def grown(rho, part):
-    """Eq. (10): rho of Eq. (2) after `part` (0 to 1) of the way from rho to all images."""
+    """Eq. (10): rho of Eq. (2) after `part` (0 to 1) of the way to 1."""
     return rho + (1 - rho) * part
 
 
@@ -395,9 +396,10 @@ def train_step(phase, step, pair, model, models, teachers, optimizers, schedules
         queue = k = None
         if mu:                                          # keys: by the EMA copy, without a gradient
             queue = queues[me]
-            with torch.no_grad(), autocast():
-                k = teachers[me].project(teachers[me].features(model, x_key[0]))
-            k = data.gather(k.float())                                          # (B, d)
+            with torch.no_grad():
+                with autocast():
+                    f = teachers[me].features(model, x_key[0])
+                k = data.gather(teachers[me].project(f))                        # (B, d)
         loss = models[me](partial(phase1_loss if phase == 1 else phase2_loss, model), x, *labels,
                           lam, balance, mu, k, queue, autocast)
         optimizers[me].zero_grad()
@@ -422,8 +424,8 @@ def classifier(model, sentences, autocast):
     """Eq. (12): unit rows t0 (C, D), each the mean of its class's text features. sentences: C
     lists, in label order."""
     with autocast():
-        t = [model.encode_text(clip.tokenize(texts, truncate=True).to(model.logit_scale.device))
-             for texts in sentences]                                            # C x (., D)
+        t = [model.encode_text(clip.tokenize(some, truncate=True).to(model.logit_scale.device), 256)
+             for some in sentences]                                             # C x (., D)
     return F.normalize(torch.stack([F.normalize(t_k.float(), dim=-1).mean(dim=0) for t_k in t]),
                        dim=-1)
 
@@ -523,8 +525,8 @@ def adapt(args):
         teachers = copy.deepcopy(models).requires_grad_(False)
         if run.state and (run.state["phase"], run.state["round"]) > (phase, turn):
             continue
-        views = (view, weak) if args.mu else (view,)    # of the query; of the key
-        loaders = [batches(found.train, *views, shuffle=True, drop_last=True,
+        two = (view, weak) if args.mu else (view,)      # of the query; of the key
+        loaders = [batches(found.train, *two, shuffle=True, drop_last=True,
                            seed=4 * args.seed + 2 * phase + m + 1000 * turn) for m in range(2)]
         total = max(1, min(epochs * len(loaders[0]), args.max_steps or 10**9))          # steps
         optimizers = [torch.optim.AdamW(me.groups(args.lr1, lr2), weight_decay=0.0,
@@ -535,7 +537,8 @@ def adapt(args):
                  **{f"optimizer{m}": o for m, o in enumerate(optimizers)},
                  **{f"schedule{m}": s for m, s in enumerate(schedules)}}
         if args.mu:
-            queues = nn.ModuleList(Queue(16 * args.batch_size, 64) for _ in range(2)).to(device)
+            K = math.ceil(min(16, N / 2 / args.batch_size)) * args.batch_size   # half an epoch's
+            queues = nn.ModuleList(Queue(K, 64) for _ in range(2)).to(device)
             parts["queues"] = queues
         wrapped = [data.parallel(me) for me in models]
         first, step, rows = 0, 0, []                    # rows: what the steps of this epoch showed
@@ -551,7 +554,7 @@ def adapt(args):
                 break
             aligned = torch.stack([align(q, args.balance) for q in p])          # (2, N, C)
             y, keep = verdicts(phase, aligned, p_clean, y0, high, peers, threshold)
-            if phase == 2 and args.rounds > 1:          # Eq. 10: it goes on growing, to all images
+            if phase == 2 and args.rounds > 1:          # Eq. 10: it goes on growing, to rho = 1
                 part = (args.rounds - 1 + epoch / max(1, epochs - 1)) / args.rounds
                 keep &= next_labels(p, grown(args.rho, part), args.balance)[1]
             for step, pair in run.steps(zip(range(step + 1, total + 1), zip(*loaders)),
@@ -620,8 +623,10 @@ def parse(argv=None):
         "(deep prompts; 4 tokens), lora (on q and v; rank 4) or adapter (bottlenecks; width 16)")
     add("--prompts", metavar="FILE", help="sentences about the classes, Eq. 12: JSON, see data.py; "
         "default: ours for the demo and ten data sets; '': the template alone")
-    add("--rounds", type=data.positive, default=3, metavar="R", help="of phase 1, Eq. 10; 1: one, as CoFT")
-    add("--mu", type=float, default=1.0, help="weight of the contrastive loss, Eq. 11; 0: off")
+    add("--rounds", type=data.positive, default=3, metavar="R", help="of phase 1, Eq. 10; 1: "
+        "one, as CoFT")
+    add("--mu", type=float, default=1.0, help="weight of the contrastive loss, Eq. 11; 0: off, "
+        "and no EMA in phase 1")
     add("--epochs1", type=data.natural, default=4, help="of each round of phase 1")
     add("--epochs2", type=data.natural, default=4, help="of phase 2; 0 leaves it out")
     add("--lr1", type=float, default=2e-3, help="of the light modules (AdamW, cosine)")

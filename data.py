@@ -391,7 +391,7 @@ def keep_decoded(found, transforms, gb):
     need, folder = sum(k.bytes for k in kept) / 2**30, tempfile.gettempdir()
     free = shutil.disk_usage(folder).free / 2**30
     try:
-        if gb < need > free / 2:
+        if gb < need > free / 2 / local_world():
             raise OSError
         for k in kept:
             k.allocate(None if need <= gb else tempfile.TemporaryFile())
@@ -495,6 +495,7 @@ def loader(dataset, batch_size, shuffle=False, seed=0, workers=0, device="cpu", 
 def worker(_):
     """A loader process leaves Ctrl-C, which reaches them all, to the one that it works for, and to
     SIGTERM it gives ten seconds to finish its step."""
+    signal.set_wakeup_fd(-1)                            # inherited, see `end_at_once`
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
@@ -1776,6 +1777,7 @@ def add_common(parser, script, batch_size, images="images per step"):
     add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
     free = next(f"runs/{script}-{n}" for n in range(1, 10_000)
                 if not os.path.exists(f"runs/{script}-{n}"))
+    parser.set_defaults(script=script)                  # which --resume compares
     add("--data", default="demo", help="folder of images (see data.py), or demo[:STYLE]")
     add("--classes", help="class names: a,b,c or a file with one per line")
     add("--template", help="prompt with {} for the class name, or `ensemble`: the data set's and "

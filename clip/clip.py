@@ -208,10 +208,7 @@ def _read_file(path):
         return _read_safetensors(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            if sum(info.file_size for info in archive.infolist()
-                   if "/code/" not in info.filename) > os.path.getsize(path):
-                raise ValueError("its parts are larger than the file, but only code is compressed")
-            return _read_archive(archive)
+            return _read_archive(archive, os.path.getsize(path))
     raise ValueError("expected safetensors or a zip archive (a file that torch.save wrote before "
                      "1.6: torch.load it where you trust it, and torch.save it again)")
 
@@ -223,8 +220,9 @@ class Unpickler(pickle._Unpickler):
     of nested tuples may take for ever.  Only what has a __setstate__ is given a state.
     """
     dispatch = {code: pickle._Unpickler.dispatch[code] for code in pickle._Unpickler.dispatch if
-                code not in b"".join((pickle.DICT, pickle.INST, pickle.OBJ, pickle.EXT1,
-                                      pickle.EXT2, pickle.EXT4, pickle.ADDITEMS, pickle.FROZENSET))}
+                code not in b"".join((
+                    pickle.DICT, pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4,
+                    pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8))}
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
@@ -243,6 +241,9 @@ class Unpickler(pickle._Unpickler):
         self.set_items(*self.pop_mark())
 
     def load_build(self):
+        if type(self.stack[-2]) is dict:  # an OrderedDict's attributes: state_dict's _metadata
+            self.stack.pop()
+            return
         if not hasattr(type(self.stack[-2]), "__setstate__"):
             raise pickle.UnpicklingError("it gives a state to what has none")
         super().load_build()
@@ -262,17 +263,21 @@ _IGNORED = {("torch", "device"), ("torch", "Size"), ("argparse", "Namespace"),
             *(("torch", str(dtype)[len("torch."):]) for dtype in _STORAGES.values())}
 
 
-def _read_archive(archive):
+def _read_archive(archive, size):
     """{name: tensor} of a zip that torch.jit.save wrote, whose code is not looked at; or the dict
     that torch.save wrote, with the tensors in it and in the dicts in it.
 
     data.pkl is a dict, or a tree of module objects whose attributes are tensors and modules.
+    size: of the file, in bytes.
     """
     pickled = min((name for name in archive.namelist() if name.endswith("/data.pkl")), key=len,
                   default=None)
     if pickled is None or archive.getinfo(pickled).file_size > 2**26:
         raise ValueError("it holds no data.pkl, or one of more than 64 MB")
     root = pickled[:-len("data.pkl")]
+    if sum(info.file_size for info in archive.infolist()
+           if not info.filename.startswith(f"{root}code/")) > size:
+        raise ValueError("its parts are larger than the file, but only code is compressed")
     storages = {}
 
     class Record:  # stands for a module, or for what is ignored: holds attributes, does nothing
@@ -285,9 +290,17 @@ def _read_archive(archive):
             self.fields = state if isinstance(state, dict) else {}
 
     def rebuild_tensor(storage, offset, size, stride, *_):
+        dtype, key = storage
+        if not all(type(n) is int and abs(n) < 2**63 for n in (offset, *size, *stride)):
+            raise pickle.UnpicklingError("a tensor's size is not of numbers")
         record = Record()
-        record.tensor = (*storage, offset, size, stride)  # a description; see `build`
+        record.tensor = (dtype, key, offset, size, stride)  # a description; see `build`
         return record
+
+    def ordered(*items):
+        if items:  # Python 3 adds them one by one
+            raise pickle.UnpicklingError("it fills an OrderedDict as it makes it")
+        return {}
 
     class Reader(Unpickler):
         def find_class(self, module, name):
@@ -298,11 +311,13 @@ def _read_archive(archive):
                 return Record
             known = {"torch._utils _rebuild_tensor_v2": rebuild_tensor,
                      "torch._utils _rebuild_parameter": lambda data, *_: data,
-                     "collections OrderedDict": dict}
+                     "collections OrderedDict": ordered}
             return known.get(f"{module} {name}") or super().find_class(module, name)
 
         def persistent_load(self, pid):
-            return pid[1], str(pid[2])  # dtype, name of the storage
+            if not (isinstance(pid, tuple) and len(pid) > 2 and isinstance(pid[2], str)):
+                raise pickle.UnpicklingError("a storage without a name")
+            return pid[1], pid[2]  # dtype, name of the storage
 
     def build(dtype, key, offset, size, stride):
         if key not in storages:
@@ -333,7 +348,7 @@ def _read_archive(archive):
         return weights
     if not isinstance(found, dict):
         raise ValueError("it holds no state dict")
-    return {key: tensors(value) if type(value) is dict else value
+    return {key: tensors(value) if key in ("state_dict", "model") and type(value) is dict else value
             for key, value in tensors(found).items()}
 
 
