@@ -52,6 +52,8 @@ from clip import clip as clip_files
 from clip import shapes
 from clip.model import CLIP, QuickGELU
 
+torch.set_num_threads(1)                # as the processes that tests start: the same last bits
+
 # ======== clip/: tokens and towers ========
 
 VIT = dict(embed_dim=32, image_resolution=32, vision_layers=2, vision_width=128,
