@@ -23,7 +23,7 @@ those too whose label nobody trusts yet.
 B batch, C classes, D embedding, d contrastive embedding, K keys in the queue, L context tokens,
 N images, P prompt tokens, T tokens, W width; tau = exp(logit_scale), f(x) and t unit vectors.
 
-Run:  python coft_plus.py                               the demo, offline, two minutes
+Run:  python coft_plus.py                               the demo, offline, 76 s on two cores
       python coft_plus.py --data ./oxford_pets          with our sentences, prompts/oxford_pets.json
       python coft_plus.py --data ./photos --classes cat,dog --prompts mine.json
 Measured: see README.md; on the demo only. With OpenAI's CLIP on real data: not measured.
