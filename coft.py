@@ -1,46 +1,47 @@
 """CoFT: adapt CLIP to your images without a single label (arXiv 2602.04337).
 
-CLIP's own guesses are the labels, and many are wrong. Two copies of the model learn, besides the
-usual prompt of each class ("positive"), a second prompt ("negative") that says when the first one
-should not be believed; each model then learns only from what the other one calls clean. First
-light modules are trained (phase 1: prompts and visual adapters), then, from the cleaned labels,
-the whole image encoder (phase 2).
+CLIP's own guesses are the labels, and many are wrong. Two students learn, besides the usual prompt
+of each class ("positive"), a second prompt ("negative") that says when the first one should not be
+believed; each student learns only from labels that the other one calls clean. First light modules
+are trained (phase 1: prompts and visual tokens), then the whole image encoder (phase 2).
 
-    p0 = posterior(f, t0, tau)                      CLIP's zero-shot guess                  Eq. 1
-    y, high = pseudo_labels(align(p0), rho)         a confident subset, every class         Eq. 2
-    phase 1, for me, peer in ((0, 1), (1, 0)):
-        l_pos, l_neg = tau f(x).t+, tau f(x).t-     two prompts per class                   Eq. 3
-        keep = high & (the peer's p_clean_y > 1/2)  no threshold to tune                    Eq. 4
-        loss = loss_cls(l_pos, y, keep) + lam loss_neg(l_pos, l_neg, y_peer, y_bar)         Eq. 5-7
-    phase 2, all weights of the image encoder:
-        y = the peer's label now, keep = its p_clean_y > 1/2, for every image
-        loss = loss_cls(l_pos, y, keep)             t- learns too, f ignores its gradient   Eq. 8
-    both + balance fairness(l_pos)
-    prediction = mean of the two softmaxes                                                  Eq. 9
+    p0 = zero_shot(clip_model)                                                          Eq. 1
+    y, confident = pseudo_labels(distribution_alignment(p0), rho)                       Eq. 1
+    phase 1, for student, peer in ((0, 1), (1, 0)):
+        f, t_pos, t_neg = student(x)            image features, two texts per class     Eq. 2, 3
+        clean = confident & (the peer's p_clean of y > 1/2)                             Eq. 5
+        loss = loss_cls(f.t_pos, y, clean) + lam loss_neg(f.t_pos, f.t_neg, ...)        Eq. 4, 6
+    phase 2, likewise, now the image encoder learns:
+        y, clean = the peer's label now, its p_clean > 1/2, for every image
+        loss = loss_cls(f.t_pos, y, clean); t_neg learns on, only to judge              Eq. 7
+    prediction = mean of the two students' softmax
 
-B batch, C classes, D embedding, L context tokens, N images, P prompt tokens, T tokens, W width;
-tau = exp(logit_scale), f(x) and t unit vectors.
+Equation numbers are the paper's. B batch, C classes, D embedding, L context tokens, N images,
+P visual tokens, T tokens of a text, W width; tau = exp(logit_scale); f and t are unit vectors.
 
 Run:  python coft.py                                    the demo, offline, about a minute
-      python coft.py --data ./oxford_pets               real data with OpenAI's CLIP
+      python coft.py --data ./oxford_pets               real data with OpenAI's CLIP: not measured
       python coft.py --data ./photos --classes cat,dog  a folder of unlabelled photos
-Measured: see README.md; on the demo only. With OpenAI's CLIP on real data: not measured.
 
-Decided here (the public summaries of the paper do not fix it):
-- labels come from posteriors divided by their own class marginal (`align`), and a `fairness` term
-  spreads the predictions over the classes: without them a few classes swallow the others;
-- V- has a context per class (V+ one for all), learns from all images with the peer's labels; in
-  phase 2 t+ and t- are matrices, and t- learns without a gradient into the encoder; y_bar is drawn
-  from the peer's posterior;
-- phase 2: EMA copies judge and predict; light (not RandAugment) views, see README.md.
+Decided here (the paper has it otherwise, or does not say):
+- labels come from posteriors divided by their own class marginal (`distribution_alignment`), and a
+  `fairness` term spreads each batch over the classes: else a few classes swallow the others;
+- phase 1 filters; V- has a context per class; L_neg sees all images with the peer's labels, and
+  complements that the peer finds likely (paper: no filter, one V-, S* and uniform complements);
+- phase 2 makes labels anew each epoch, label and verdict by the same peer (paper: once, one each);
+  t+ and t- are matrices then; EMA copies of the students judge and predict; weak views;
+- AdamW, warm-up, cosine; V- learns ten times as fast as V+, both relative to the size of word
+  vectors (`WORD_STD`); `--lr2` is untested but for tiny.
 """
 import argparse
 import copy
 import math
-import re
+import os
 import sys
 from functools import partial
+from types import SimpleNamespace
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")   # before torch is imported: README, "Speed"
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -57,38 +58,40 @@ def posterior(f, t, tau):
 
 
 def pseudo_labels(p0, rho):
-    """Eq. (2): y = argmax_k p0_k; high: per class the ceil(rho N / C) images with the largest p0_y.
-
-    A class that is nobody's argmax takes the largest p0 of its column from the classes that have
-    more than they need, so that none is left empty. p0 (N, C) -> y (N,), high (N,) bool.
-    """
-    N, C = p0.shape
-    y, high, n = p0.argmax(dim=1), torch.zeros(N, dtype=torch.bool), math.ceil(rho * N / C)
+    """Eq. (1), S*: y = argmax_k p0_k; confident: per class the K = ceil(rho N / C) images with the
+    largest p0_y. A class that is nobody's argmax takes the K largest of its column. p0 (N, C) ->
+    y (N,), confident (N,) bool."""
+    (N, C), y = p0.shape, p0.argmax(dim=1)
+    K, confident = math.ceil(rho * N / C), torch.zeros(N, dtype=torch.bool)
+    for k in set(range(C)) - set(y.tolist()):
+        y[p0[:, k].topk(K).indices] = k
     for k in range(C):
-        if not (y == k).any():                      # from classes that have images to spare
-            spare = torch.bincount(y, minlength=C)[y] > n
-            mine = p0[:, k].masked_fill(~spare, -1).topk(min(n, int(spare.sum()))).indices
-            y[mine] = k
-    for k in range(C):
-        mine = p0[:, k].masked_fill(y != k, -1).topk(min(n, int((y == k).sum()))).indices
-        high[mine] = True
-    return y, high
+        top = p0[:, k].masked_fill(y != k, -1).topk(min(K, int((y == k).sum()))).indices
+        confident[top] = True
+    return y, confident
 
 
 def logits(f, t_pos, t_neg, tau):
-    """Eq. (3): l+_k = tau f(x).t+_k, l-_k = tau f(x).t-_k. f (B, D), t (C, D) -> 2 x (B, C)."""
+    """l+_k = tau f(x).t+_k, l-_k = tau f(x).t-_k. f (B, D), t (C, D) -> 2 x (B, C)."""
     return tau * f @ t_pos.T, tau * f @ t_neg.T
 
 
+def loss_cls(l_pos, y, clean):
+    """Eq. (4), (7): mean of -log softmax(l+)_y over the clean images; 0 if there are none.
+    l_pos (B, C), y (B,), clean (B,) bool."""
+    loss = F.cross_entropy(l_pos, y, reduction="none")                          # (B,)
+    return (loss * clean).sum() / clean.sum().clamp(min=1)
+
+
 def log_p_clean(l_pos, l_neg):
-    """Eq. (4): p_clean_k = sigmoid(l+_k - l-_k). (B, C) -> log p_clean, log(1 - p_clean)."""
+    """Eq. (5): p_clean_k = sigmoid(l+_k - l-_k). (B, C) -> log p_clean, log(1 - p_clean)."""
     return F.logsigmoid(l_pos - l_neg), F.logsigmoid(l_neg - l_pos)
 
 
-def loss_cls(l_pos, y, keep):
-    """Eq. (5): mean of -log softmax(l+)_y over the kept images; 0 if none is kept."""
-    loss = F.cross_entropy(l_pos, y, reduction="none")                  # (B,)
-    return (loss * keep).sum() / keep.sum().clamp(min=1)
+def loss_neg(l_pos, l_neg, y, y_bar):
+    """Eq. (6): mean of -log p_clean_y - log(1 - p_clean_ybar). l (B, C), y and y_bar (B,)."""
+    log_clean, log_unclean = log_p_clean(l_pos, l_neg)                          # (B, C) each
+    return -(log_clean.gather(1, y[:, None]) + log_unclean.gather(1, y_bar[:, None])).mean()
 
 
 def complementary_labels(p, y):
@@ -98,85 +101,56 @@ def complementary_labels(p, y):
     return torch.multinomial(others, 1)[:, 0]
 
 
-def loss_neg(l_pos, l_neg, y, y_bar):
-    """Eq. (6): mean of -log p_clean_y - log(1 - p_clean_ybar)."""
-    log_clean, log_unclean = log_p_clean(l_pos, l_neg)                  # (B, C) each
-    return -(log_clean.gather(1, y[:, None]) + log_unclean.gather(1, y_bar[:, None])).mean()
-
-
-def align(p, strength=1.0):
-    """Distribution alignment (decided here): p_k / (mean over all images of p_k)^strength, then
-    normalised: no class may swallow the others. p (N, C) -> (N, C)."""
-    p = p / p.mean(dim=0, keepdim=True).clamp(min=0.01 / p.shape[1]) ** strength    # (N, C)
+def distribution_alignment(p, strength=1.0):
+    """p_k / (mean over all images of p_k)^strength, then normalised. p (N, C) -> (N, C)."""
+    p = p / p.mean(dim=0, keepdim=True).clamp(min=0.01 / p.shape[1]) ** strength
     return p / p.sum(dim=1, keepdim=True)
 
 
 def fairness(l):
-    """Decided here: -mean_k log(mean over the batch of softmax(l)_k). l (B, C). It is left out of a
-    batch without kept labels: alone it would make all predictions uniform."""
+    """-mean_k log(mean over the batch of softmax(l)_k). l (B, C)."""
     return -l.softmax(dim=1).mean(dim=0).clamp(min=1e-6).log().mean()
-
-
-def mean_prediction(p):
-    """Eq. (9): the mean of the two models' softmax. 2 x (N, C) -> (N, C)."""
-    return (p[0] + p[1]) / 2
 
 
 # ======== modules ========
 
 
-WORD = 0.06     # standard deviation of tiny's word vectors, for which lr1 and the noise were chosen
+WORD_STD = 0.06     # of tiny's word vectors, for which lr1 and the noise were chosen
 
 
 class Prompt(nn.Module):
-    """L learnable context vectors V before each class name: [V_1] ... [V_L] cat. -> (C, D) unit.
+    """Eq. (2), (3): L learnable context vectors before each class name: [V_1] ... [V_L] cat.
 
-    V is shared by all classes, or there is one per class (of its own). It starts from the words
-    that stand before the class name in the template ("a photo of a" if none do), so that training
-    starts at CLIP's zero-shot classifier.
-    """
-    def __init__(self, model, class_names, template, noise, of_its_own):
+    They are shared by all classes or, if class_specific, one set per class. They start from the
+    words before the class name in the template ("a photo of a" if there are none) and a little
+    noise: at CLIP's zero-shot classifier."""
+    def __init__(self, clip_model, class_names, template, class_specific):
         super().__init__()
         words = template.split("{}")[0].strip() or "a photo of a"
-        L = int((clip.tokenize(words)[0] > 0).sum()) - 2                # without <sot> and <eot>
         rest = template.split("{}", 1)[1]
+        L = int((clip.tokenize(words)[0] > 0).sum()) - 2                # without <sot> and <eot>
         tokens = clip.tokenize([f"{words} {c}{rest}" for c in class_names], truncate=True)
-        tokens = tokens.to(model.token_embedding.weight.device)
+        tokens = tokens.to(clip_model.token_embedding.weight.device)
         with torch.no_grad():                                           # T: the longest prompt
-            emb = model.token_embedding(tokens[:, :tokens.argmax(dim=1).max() + 1])     # (C, T, W)
-        start = emb[:len(emb) if of_its_own else 1, 1:1 + L]            # (C or 1, L, W)
-        noise = noise * min(1.0, float(start.std()) / WORD)
-        self.V = nn.Parameter(start + noise * torch.randn_like(start))
-        self.register_buffer("before", emb[:, :1], persistent=False)            # (C, 1, W) <sot>
-        self.register_buffer("after", emb[:, 1 + L:], persistent=False)         # (C, T - L - 1, W)
+            emb = clip_model.token_embedding(tokens[:, :tokens.argmax(dim=1).max() + 1])
+        start = emb[:len(emb) if class_specific else 1, 1:1 + L]        # (C or 1, L, W)
+        noise = 0.01 * min(1.0, float(start.std()) / WORD_STD)
+        self.ctx = nn.Parameter(start + noise * torch.randn_like(start))
+        self.register_buffer("token_prefix", emb[:, :1], persistent=False)      # (C, 1, W) <sot>
+        self.register_buffer("token_suffix", emb[:, 1 + L:], persistent=False)  # (C, T - L - 1, W)
         self.register_buffer("eot", tokens.argmax(dim=1), persistent=False)     # (C,)
 
-    def forward(self, model):
-        V = self.V.expand(len(self.eot), -1, -1)                        # (C, L, W)
-        emb = torch.cat([self.before, V, self.after], dim=1)            # (C, T, W)
-        shared = 1 + V.shape[1] if len(self.V) == 1 else 0              # tokens that all start with
-        return F.normalize(model.encode_text_embeddings(emb, self.eot, 256, shared), dim=-1)
+    def forward(self, clip_model):
+        """-> t (C, D), unit rows."""
+        ctx = self.ctx.expand(len(self.eot), -1, -1)                    # (C, L, W)
+        emb = torch.cat([self.token_prefix, ctx, self.token_suffix], dim=1)     # (C, T, W)
+        shared = 1 + ctx.shape[1] if len(self.ctx) == 1 else 0          # tokens that all start with
+        t = clip_model.encode_text_embeddings(emb, self.eot, chunk=256, shared=shared)
+        return F.normalize(t, dim=-1)
 
 
-class LoRA(nn.Module):
-    """Low-rank update of the q and v projections of one block (arXiv 2106.09685); starts at 0."""
-    def __init__(self, width, rank):
-        super().__init__()
-        self.down = nn.Linear(width, 2 * rank, bias=False)
-        self.q, self.v = (nn.Linear(rank, width, bias=False) for _ in range(2))
-        nn.init.zeros_(self.q.weight)
-        nn.init.zeros_(self.v.weight)
-
-    def forward(self, site, h):                                         # h (B, T, W)
-        if site != "qkv":
-            return None
-        q, v = self.down(h).chunk(2, dim=-1)
-        q, v = self.q(q), self.v(v)
-        return torch.cat([q, torch.zeros_like(q), v], dim=-1)           # (B, T, 3W)
-
-
-class Bottleneck(nn.Module):
-    """Adapter beside the MLP of one block (or after one ResNet stage); starts at 0."""
+class Adapter(nn.Module):
+    """Bottleneck beside the MLP of one block (or after one ResNet stage); starts at 0."""
     def __init__(self, width, rank):
         super().__init__()
         self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
@@ -187,345 +161,298 @@ class Bottleneck(nn.Module):
         return None if site == "qkv" else self.up(F.relu(self.down(h)))
 
 
-class Model(nn.Module):
-    """One of the two models: V+, V-, the light visual modules and, in phase 2, an image encoder
-    and two classifiers (2, C, D) of its own. CLIP itself is frozen and shared."""
-    def __init__(self, model, class_names, template, peft):
+class Student(nn.Module):
+    """One of the two models: V+, V-, the light visual modules and, in phase 2, an image encoder and
+    two classifiers (2, C, D) of its own. CLIP itself is frozen and shared."""
+    def __init__(self, clip_model, class_names, template, peft, size):
         super().__init__()
-        self.pos = Prompt(model, class_names, template, noise=0.01, of_its_own=False)
-        self.neg = Prompt(model, class_names, template, noise=0.01, of_its_own=True)
-        self.prompts = self.adapters = self.visual = self.classifier = None
-        kind, size = peft.split(":")
-        if kind == "vpt":                                               # VPT-deep, arXiv 2203.12119
-            layers, width = model.visual.transformer.layers, model.visual.transformer.width
-            self.prompts = nn.Parameter(0.02 * torch.randn(layers, int(size), width))   # (., P, W)
+        self.pos = Prompt(clip_model, class_names, template, class_specific=False)
+        self.neg = Prompt(clip_model, class_names, template, class_specific=True)
+        self.prompts = self.adapters = None             # one of them, see clip/model.py
+        self.visual = self.classifier = None            # of phase 2
+        if peft == "vpt":                                               # VPT-deep, arXiv 2203.12119
+            blocks = clip_model.visual.transformer
+            self.prompts = nn.Parameter(0.02 * torch.randn(blocks.layers, size, blocks.width))
         else:
-            kind = {"lora": LoRA, "adapter": Bottleneck}[kind]
-            self.adapters = nn.ModuleList(kind(w, int(size)) for w in model.visual.adapter_widths)
+            widths = clip_model.visual.adapter_widths
+            self.adapters = nn.ModuleList(Adapter(width, size) for width in widths)
 
-    def unfreeze(self, model):
-        """Phase 2: own copy of the image encoder; the classifiers start at t+ and t-."""
-        self.classifier = nn.Parameter(torch.stack(self.text(model)).detach())      # (2, C, D)
-        self.visual = copy.deepcopy(model.visual).requires_grad_(True)
+    def start_phase2(self, clip_model):
+        """Own copy of the image encoder; the classifiers start at t+ and t-."""
+        self.classifier = nn.Parameter(torch.stack(self.texts(clip_model)).detach())    # (2, C, D)
+        self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
         self.pos.requires_grad_(False)
         self.neg.requires_grad_(False)
 
-    def text(self, model):
+    def texts(self, clip_model):
         """t+ and t-, unit rows (C, D): the prompts' in phase 1, then matrices that started there,
         so that phase 2 does not run the text tower."""
         if self.classifier is None:
-            return self.pos(model), self.neg(model)
+            return self.pos(clip_model), self.neg(clip_model)
         return F.normalize(self.classifier, dim=-1).unbind()
 
-    def groups(self, lr1, lr2):
-        """What learns, and how fast. Word vectors take steps relative to their own size."""
-        word = lr1 * float(self.pos.V.detach().std()) / WORD
-        light = [v for v in (self.prompts, *(self.adapters or nn.Module()).parameters())
-                 if v is not None]
-        if self.visual is None:
-            return [{"params": light, "lr": lr1}, {"params": [self.pos.V], "lr": word},
-                    {"params": [self.neg.V], "lr": 10 * word}]
-        return [{"params": light, "lr": lr2}, {"params": [self.classifier], "lr": lr1},
-                {"params": self.visual.parameters(), "lr": lr2, "weight_decay": 0.01}]
-
-    def features(self, model, x):
+    def features(self, clip_model, x):
         """Images (B, 3, R, R) -> unit features (B, D)."""
-        visual = self.visual or model.visual
+        visual = self.visual or clip_model.visual
         return F.normalize(visual(x, self.prompts, self.adapters).float(), dim=-1)
 
-    def forward(self, loss, *args):
-        """loss(self, ...): called so, DistributedDataParallel sees what the loss uses."""
-        return loss(self, *args)
+    def forward(self, clip_model, x):
+        """Images (B, 3, R, R) -> f (B, D), t+ (C, D), t- (C, D): fp32 unit vectors."""
+        t_pos, t_neg = self.texts(clip_model)
+        return self.features(clip_model, x), t_pos.float(), t_neg.float()
+
+    def param_groups(self, lr1, lr2):
+        """What learns, and how fast."""
+        light = [self.prompts] if self.adapters is None else list(self.adapters.parameters())
+        if self.visual is None:
+            word = lr1 * float(self.pos.ctx.detach().std()) / WORD_STD
+            return [{"params": light, "lr": lr1}, {"params": [self.pos.ctx], "lr": word},
+                    {"params": [self.neg.ctx], "lr": 10 * word}]
+        return [{"params": light, "lr": lr2}, {"params": [self.classifier], "lr": lr1},
+                {"params": self.visual.parameters(), "lr": lr2, "weight_decay": 0.01}]
 
 
 # ======== training ========
 
 
-@torch.no_grad()
-def judge(model, models, batches, N, autocast):
-    """Both models' opinions on the plain views: softmax p and p_clean, each (2, N, C)."""
-    tau = model.logit_scale.exp()
-    with autocast():
-        t = [[t.float() for t in me.text(model)] for me in models]              # (C, D) each
-    p, p_clean = torch.zeros(2, 2, N, len(t[0][0]))                             # (2, N, C) each
-    for x, i in batches:                                                        # (B, 3, R, R)
-        for m, (t_pos, t_neg) in enumerate(t):
-            with autocast():
-                f = models[m].features(model, x)                                # (B, D)
-            p[m, i] = posterior(f, t_pos, tau).cpu()
-            p_clean[m, i] = log_p_clean(*logits(f, t_pos, t_neg, tau))[0].exp().cpu()
-    return data.total(p), data.total(p_clean)
+def select_clean(phase, p, p_clean, labels, peers):
+    """What each student is taught next: labels y (2, N); clean (2, N) bool, the peer's p_clean_y >
+    1/2. Phase 1: `labels`, the zero-shot y (N,) and which are confident (N,). Phase 2: the peer's
+    labels of now, so images come in as they become clean. p, p_clean (2, N, C); p is aligned."""
+    y0, confident = labels
+    ys, cleans = [], []
+    for peer in peers:
+        y = y0 if phase == 1 else p[peer].argmax(dim=1)                         # (N,)
+        clean = p_clean[peer].gather(1, y[:, None])[:, 0] > 0.5                 # (N,)
+        ys.append(y)
+        cleans.append(clean & confident if phase == 1 else clean)
+    return torch.stack(ys), torch.stack(cleans)
 
 
-def verdicts(phase, p, p_clean, y0, high, peers=(1, 0), threshold=None):
-    """What each model is taught next: labels y (2, N) and the peer's verdict keep (2, N) bool.
+def total_loss(phase, f, t_pos, t_neg, tau, target, lam, fairness_weight):
+    """Phase 1: Eq. (4) + lam Eq. (6); phase 2: Eq. (7) and the loss of t-; both + fairness.
 
-    Phase 1: the zero-shot labels of the confident images. Phase 2: the peer's current labels, so
-    images come in as they become clean. threshold: keep where the peer's p_y is above it, instead
-    of p_clean_y > 1/2 (for comparison). p (2, N, C), aligned; p_clean (2, N, C).
-    """
-    y, keep = [], []
-    for me, peer in enumerate(peers):
-        y.append(y0 if phase == 1 else p[peer].argmax(dim=1))                   # (N,)
-        score = p_clean[peer] if threshold is None else p[peer]                 # (N, C)
-        clean = score.gather(1, y[me][:, None])[:, 0] > (0.5 if threshold is None else threshold)
-        keep.append(clean & high if phase == 1 else clean)                      # (N,)
-    return torch.stack(y), torch.stack(keep)
-
-
-def phase1_loss(model, me, x, y, keep, y_peer, y_bar, lam, balance, autocast):
-    """Eq. (7): L_cls + lam L_neg (+ fairness), for the prompts and the light visual modules.
-
-    L_neg sees every image, with the peer's label y_peer (B,): it will have to judge them all. t+
-    enters it as a constant; f(x) does not: V- also shapes f. x: this process's share of the batch.
-    """
-    tau = model.logit_scale.exp()
-    with autocast():
-        f, (t_pos, t_neg) = me.features(model, x), me.text(model)               # (B, D), (C, D) x 2
-    f, t_pos, t_neg = data.gather(f), t_pos.float(), t_neg.float()              # f: of all x
+    target: y, clean, y_peer, y_bar, (B,) each. L_neg sees all images with the peer's labels, as V-
+    will judge them all. t+ enters it as a constant. f does not in phase 1, where V- also shapes f;
+    in phase 2 that would destroy the encoder. Fairness alone would make predictions uniform."""
+    y, clean, y_peer, y_bar = target
     l_pos, _ = logits(f, t_pos, t_neg, tau)                                     # (B, C)
-    judged = logits(f, t_pos.detach(), t_neg, tau)                              # (B, C) x 2
-    loss = loss_cls(l_pos, y, keep) + lam * loss_neg(*judged, y_peer, y_bar)
-    return loss + balance * keep.any() * fairness(l_pos)
-
-
-def phase2_loss(model, me, x, y, keep, y_peer, y_bar, lam, balance, autocast):
-    """Eq. (8): an augmented view learns the label that the peer gave the plain view. t- goes on
-    learning to judge, but as a spectator: no gradient of L_neg reaches f or t+."""
-    tau = model.logit_scale.exp()
-    with autocast():
-        f = data.gather(me.features(model, x))                                  # (B, D)
-    t_pos, t_neg = me.text(model)                                               # (C, D) each
-    l_pos, _ = logits(f, t_pos, t_neg, tau)                                     # (B, C)
-    judged = logits(f.detach(), t_pos.detach(), t_neg, tau)                     # (B, C) x 2
-    loss = loss_cls(l_pos, y, keep) + balance * keep.any() * fairness(l_pos)
-    return loss + lam * loss_neg(*judged, y_peer, y_bar)
+    judged = logits(f if phase == 1 else f.detach(), t_pos.detach(), t_neg, tau)    # 2 x (B, C)
+    loss = loss_cls(l_pos, y, clean) + lam * loss_neg(*judged, y_peer, y_bar)
+    return loss + fairness_weight * clean.any() * fairness(l_pos)
 
 
 def warm_cosine(step, total):
-    """Learning rate factor: up in a line over the first tenth, then down to 0 as a cosine. Without
-    the warm-up Adam's first steps, all of full size, would undo what phase 1 has learnt."""
+    """Learning rate factor: linear warm-up over a tenth (Adam's first steps are large), cosine."""
     return min(1, (step + 1) / (0.1 * total + 1), 0.5 + 0.5 * math.cos(math.pi * step / total))
 
 
-@torch.no_grad()
-def ema_update(teacher, student, decay):
-    """teacher <- decay teacher + (1 - decay) student."""
-    for t, s in zip(teacher.parameters(), student.parameters()):
-        t.lerp_(s, 1 - decay)
+def start_phase(job, number, students, steps):
+    """What learns in a phase of so many steps: students, EMA copies that judge, optimiser."""
+    if number == 2:
+        for student in students:
+            student.start_phase2(job.clip_model)
+    groups = [g for student in students for g in student.param_groups(job.args.lr1, job.lr2)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=job.device.type == "cuda")
+    return SimpleNamespace(
+        number=number, students=students, teachers=copy.deepcopy(students).requires_grad_(False),
+        forward=[data.distributed(student) for student in students],    # averages gradients
+        optimizer=optimizer, step=0,
+        schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warm_cosine, total=steps)))
 
 
-def train_step(phase, step, pair, model, models, teachers, optimizers, schedules, scaler, tables,
-               peers, lam, balance, autocast):
-    """Each model takes one step on its own batch, taught by its peer. Returns what the log shows.
-    pair: (x, i) per model; tables: y (2, N), keep (2, N), aligned posterior (2, N, C)."""
-    (y, keep, p), device = tables, model.logit_scale.device
-    shown = {"loss": 0.0, "skipped": 0}                 # tensors, not read before the epoch's end
-    for me, peer in enumerate(peers):
-        x, i = pair[me]                                                         # (B, 3, R, R), (B,)
+def train_step(job, phase, batches, y, clean, p):
+    """One step of both students, each on its own batch (x, i), taught by its peer. y, clean (2, N);
+    p (2, N, C), aligned. Returns what the log shows."""
+    tau, scale, losses = job.clip_model.logit_scale.exp(), job.scaler.get_scale(), []
+    phase.optimizer.zero_grad()
+    for me, (peer, (x, i)) in enumerate(zip(job.peers, batches)):               # x (B, 3, R, R)
+        i = data.gather(i)                              # of all processes
         y_peer = p[peer, i].argmax(dim=1)                                       # (B,)
         y_bar = complementary_labels(p[peer, i], y_peer)                        # (B,)
-        labels = [v.to(device, non_blocking=True) for v in (y[me, i], keep[me, i], y_peer, y_bar)]
-        loss = models[me](partial(phase1_loss if phase == 1 else phase2_loss, model), x, *labels,
-                          lam, balance, autocast)
-        optimizers[me].zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizers[me])                     # not if fp16 overflowed: then no EMA either
-        schedules[me].step()
-        skip = data.skipped(scaler, optimizers[me])
-        decay = 0.0 if phase == 1 else min(0.99, step / (step + 9))
-        ema_update(teachers[me], models[me], decay + (1 - decay) * skip)
-        shown = {"loss": shown["loss"] + loss.detach() / 2, "skipped": shown["skipped"] + skip}
-    scaler.update()                                     # once: it halves the scale if either did
-    return shown
+        target = [v.to(job.device) for v in (y[me, i], clean[me, i], y_peer, y_bar)]
+        with job.autocast():
+            f, t_pos, t_neg = phase.forward[me](job.clip_model, x)              # (B, D), 2 x (C, D)
+        loss = total_loss(phase.number, data.gather(f), t_pos, t_neg, tau, target, job.args.lam,
+                          job.args.fairness_weight)
+        job.scaler.scale(loss).backward()
+        losses.append(loss.detach())
+    job.scaler.step(phase.optimizer)                    # left out if fp16 overflowed,
+    job.scaler.update()                                 # which lowers the scale
+    phase.step += 1
+    skipped = job.scaler.get_scale() < scale
+    if not skipped:
+        phase.schedule.step()
+        decay = 0.0 if phase.number == 1 else min(0.99, phase.step / (phase.step + 9))
+        for teacher, v in zip(phase.teachers.parameters(), phase.students.parameters()):
+            teacher.lerp_(v.detach(), 1 - decay)        # EMA
+    return {"loss": sum(losses) / 2, "skipped": int(skipped)}
+
+
+def train_phase(job, number, students, epochs, view, labels, tables):
+    """The epochs of a phase, on augmented views. labels: see select_clean; tables: p and p_clean,
+    (2, N, C) each, of the plain views. Returns the tables and the teachers after it."""
+    args, run, images = job.args, job.run, job.dataset.train
+    first = run.state["epoch"] if run.state else 0      # --resume
+    loaders = [job.load(images.view(view), shuffle=True, drop_last=True, epoch=first,
+                        seed=4 * args.seed + 2 * number + m) for m in range(2)]
+    steps = min(epochs * len(loaders[0]), args.max_steps or math.inf)
+    epochs = math.ceil(steps / len(loaders[0]))
+    phase = start_phase(job, number, students, max(1, steps))
+    parts = {"scaler": job.scaler, "students": students, "teachers": phase.teachers,
+             "optimizer": phase.optimizer, "schedule": phase.schedule}
+    if run.state:
+        phase.step = run.restore(parts)["step"]
+    for epoch in range(first, epochs):
+        p = torch.stack([distribution_alignment(q, args.alignment) for q in tables[0]])
+        y, clean = select_clean(number, p, tables[1], labels, job.peers)      # (2, N) each
+        for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
+                                 f"phase {number} epoch {epoch + 1}/{epochs}", steps - phase.step):
+            run.rows.append(train_step(job, phase, batches, y, clean, p))
+        means = run.means(f"--lr{number}")
+        tables = predict(job, phase.teachers, job.train)                        # 2 x (2, N, C)
+        p_test = tables[0] if job.test is job.train else predict(job, phase.teachers, job.test)[0]
+        run.report(phase=number, epoch=epoch + 1, **means,
+                   accuracy=accuracy(p_test.mean(dim=0), job.dataset.test.y_true),
+                   **diagnostics(*tables, y, clean, images.y_true))
+        run.checkpoint(parts, phase=number, epoch=epoch + 1, step=phase.step, tables=tables)
+    return tables, phase.teachers
 
 
 # ======== evaluation ========
 
 
 @torch.no_grad()
-def zero_shot(model, class_names, templates, batches, N, autocast):
-    """Eq. (1) for N images: (N, C). The text features of several templates are averaged."""
-    tau, p0 = model.logit_scale.exp(), torch.zeros(N, len(class_names))
-    with autocast():
-        t0 = sum(F.normalize(model.encode_text(clip.tokenize(
-            [template.format(c) for c in class_names], truncate=True).to(tau.device), chunk=256
-            ).float(), dim=-1) for template in templates)
-    t0 = F.normalize(t0, dim=-1)                                                # (C, D)
-    for x, i in batches:
-        with autocast():
-            f = model.encode_image(x)                                           # (B, D)
+def text_features(clip_model, class_names, templates):
+    """The zero-shot classifier t0 (C, D): unit rows, the mean of the templates' text features."""
+    texts = [template.format(c) for template in templates for c in class_names]
+    tokens = clip.tokenize(texts, truncate=True).to(clip_model.logit_scale.device)
+    t = F.normalize(clip_model.encode_text(tokens, chunk=256), dim=-1)
+    return F.normalize(t.unflatten(0, (len(templates), -1)).mean(dim=0), dim=-1)
+
+
+@torch.no_grad()
+def zero_shot(job, t0, loader):
+    """Eq. (1) for all images and the classifier t0 (C, D): (N, C), on the CPU."""
+    tau, p0 = job.clip_model.logit_scale.exp(), torch.zeros(loader.N, len(t0))
+    for x, i in loader:                                                         # (B, 3, R, R), (B,)
+        with job.autocast():
+            f = job.clip_model.encode_image(x)                                  # (B, D)
         p0[i] = posterior(F.normalize(f.float(), dim=-1), t0, tau).cpu()
-    return data.total(p0)
+    return data.all_reduce_sum(p0)
 
 
+@torch.no_grad()
+def predict(job, students, loader):
+    """Both students' softmax p and p_clean for all images, each (2, N, C), on the CPU."""
+    tau = job.clip_model.logit_scale.exp()
+    with job.autocast():
+        texts = [[t.float() for t in me.texts(job.clip_model)] for me in students]      # (C, D)
+    p, p_clean = torch.zeros(2, 2, loader.N, len(texts[0][0]))                  # (2, N, C) each
+    for x, i in loader:                                                         # (B, 3, R, R), (B,)
+        for m, (student, (t_pos, t_neg)) in enumerate(zip(students, texts)):
+            with job.autocast():
+                f = student.features(job.clip_model, x)                         # (B, D)
+            p[m, i] = posterior(f, t_pos, tau).cpu()
+            p_clean[m, i] = log_p_clean(*logits(f, t_pos, t_neg, tau))[0].exp().cpu()
+    return data.all_reduce_sum(p), data.all_reduce_sum(p_clean)
+
+
+# same in prompt_align.py
 def accuracy(p, y_true):
     """Percent of the images whose argmax_k p_k is the true class; None without labels."""
     if y_true is not None:
         return round(100 * float((p.argmax(dim=1) == y_true).double().mean()), 2)
 
 
-def diagnostics(p, p_clean, y, keep, y_true):
-    """How good the filter is, as means over the two models: share and precision of the labels that
-    are kept, and how well p_clean and the maximum softmax each tell when the model is right."""
-    found = {"kept": round(float(keep.float().mean()), 4)}
+def auroc(score, right):
+    """How likely a right label scores above a wrong one. score (N,), right (N,) bool; or None."""
+    a, b = score[right].contiguous(), score[~right].sort().values
+    below = torch.searchsorted(b, a) + torch.searchsorted(b, a, right=True)     # twice, with ties
+    return float(below.double().mean()) / (2 * len(b)) if len(a) and len(b) else None
+
+
+def diagnostics(p, p_clean, y, clean, y_true):
+    """How good the filter is, as means over the two students: share and precision of the clean
+    labels, and how well p_clean and the maximum softmax each tell when the student is right."""
+    facts = {"kept": round(float(clean.float().mean()), 4)}
     if y_true is not None:                                                      # diagnostics only
-        right = (y == y_true)[keep].double()
-        found["precision"] = round(float(right.mean()), 4) if len(right) else None
-        for key, score in (("auroc", p_clean), ("auroc_softmax", p)):
-            each = [data.auroc(s.gather(1, q.argmax(1, True))[:, 0], q.argmax(1) == y_true)
-                    for q, s in zip(p, score)]
-            found[key] = None if None in each else round(sum(each) / 2, 4)
-    return found
+        right = (y == y_true)[clean].double()
+        facts["precision"] = round(float(right.mean()), 4) if len(right) else None
+        for key, scores in (("auroc", p_clean), ("auroc_softmax", p)):
+            each = [auroc(s.gather(1, q.argmax(1, True))[:, 0], q.argmax(1) == y_true)
+                    for q, s in zip(p, scores)]
+            facts[key] = None if None in each else round(sum(each) / 2, 4)
+    return facts
 
 
 # ======== main ========
 
 
 def adapt(args):
-    """The whole run: zero-shot, phase 1, phase 2, the files. Returns the summary."""
-    device, found, model, clip_name = data.begin(args)
-    names, N, N_test = found.class_names, len(found.train), len(found.test)
-    y_true = found.train.y_true                                                 # diagnostics only
-    if not args.peft.startswith("adapter") and not hasattr(model.visual, "transformer"):
-        raise data.DataError(f"--peft {args.peft} needs a ViT; a ResNet takes --peft adapter")
-    small = sum(v.numel() for v in model.visual.parameters()) < 10**7
-    lr2 = args.lr2 if args.lr2 is not None else 3e-4 if small else 1e-5
-    peers = (0, 1) if args.judge == "self" else (1, 0)
-    threshold = args.judge if isinstance(args.judge, float) else None
-    workers = data.pick_workers(args.workers, found.train)
-    run = data.Run(args.out, {**vars(args), "found": found.description}, args.resume,
-                   args.overwrite)
-    run.say(found.description)
-    autocast, scaler = data.precision(args.amp, device)
-    plain_view, weak, strong = views = data.transforms(model.visual.input_resolution)
-    run.say(data.keep_decoded(found, views, args.cache))
+    """The whole run: CLIP's guesses, phase 1, phase 2, the files. Returns the summary."""
+    job = data.setup(args)              # run, device, dataset, clip_model; loaders train and test
+    run, dataset, clip_model, names = job.run, job.dataset, job.clip_model, job.dataset.class_names
+    if args.peft == "vpt" and not hasattr(clip_model.visual, "transformer"):
+        raise data.DataError("--peft vpt needs a ViT; a ResNet takes --peft adapter")
+    # mixed precision: weights stay fp32; fp16's small gradients need their loss scaled
+    job.autocast = partial(torch.autocast, job.device.type, job.amp_dtype,
+                           enabled=job.amp_dtype is not None)
+    job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
+    job.lr2 = args.lr2 or (3e-4 if clip_model.visual.output_dim < 512 else 1e-5)
+    job.peers = (0, 1) if args.judge == "self" else (1, 0)
 
-    def batches(images, view, **how):
-        return data.loader(images.view(view), args.batch_size, workers=workers,
-                           device=device, **how)
+    # CLIP's own guesses, and the confident ones among them
+    t0 = text_features(clip_model, names, dataset.templates)                    # (C, D)
+    p0, p0_test = (zero_shot(job, t0, loader) for loader in (job.train, job.test))      # (N, C)
+    labels = pseudo_labels(distribution_alignment(p0, args.alignment), args.rho)        # (N,) each
+    zero = accuracy(p0_test, dataset.test.y_true)
+    data.report_zero_shot(job, zero)
+    weak, strong = data.augmented_views(job, lambda view: zero_shot(job, t0, job.load(view)))
 
-    plain, test = batches(found.train, plain_view), batches(found.test, plain_view)
-    p0, p0_test = (zero_shot(model, names, found.templates, b, n, autocast)
-                   for b, n in ((plain, N), (test, N_test)))                    # (N, C) each
-    zero = accuracy(p0_test, found.test.y_true)
-    y0, high = pseudo_labels(align(p0, args.balance), args.rho)                 # (N,) each
-    run.say("no labels: predictions only" if zero is None else f"zero-shot accuracy {zero:.2f} %")
-    data.check_label_order(found, zero)
-
-    # Two models that differ in their random numbers, and EMA copies of them that judge and predict.
-    models = nn.ModuleList(Model(model, names, found.templates[0], args.peft)
-                           for _ in range(2)).to(device)
-    p, p_clean = torch.stack([p0, p0]), torch.ones(2, *p0.shape)                # until they differ
-    p_test = None
-    for phase, epochs, view in ((1, args.epochs1, weak),
-                                (2, args.epochs2, strong if args.strong_view else weak)):
-        if phase == 2 and not epochs:
-            break
-        if phase == 2:
-            for me in models:
-                me.unfreeze(model)
-        teachers = copy.deepcopy(models).requires_grad_(False)
-        if run.state and run.state["phase"] > phase:
+    # two students, which differ in their random numbers, learn from each other
+    students = nn.ModuleList(Student(clip_model, names, dataset.templates[0], args.peft,
+                                     args.peft_size) for _ in range(2)).to(job.device)
+    tables = torch.stack([p0, p0]), torch.ones(2, *p0.shape)        # p, p_clean: (2, N, C) each
+    if run.state:                                       # --resume
+        tables = run.state["tables"]
+    for number, epochs, view in ((1, args.epochs1, weak),
+                                 (2, args.epochs2, strong if args.strong_view else weak)):
+        if number == 2 and not epochs or run.state and run.state["phase"] > number:
             continue
-        loaders = [batches(found.train, view, shuffle=True, seed=4 * args.seed + 2 * phase + m,
-                           drop_last=True) for m in range(2)]
-        total = max(1, min(epochs * len(loaders[0]), args.max_steps or 10**9))          # steps
-        optimizers = [torch.optim.AdamW(me.groups(args.lr1, lr2), weight_decay=0.0,
-                                        fused=device.type == "cuda") for me in models]
-        schedules = [torch.optim.lr_scheduler.LambdaLR(o, partial(warm_cosine, total=total))
-                     for o in optimizers]
-        parts = {"models": models, "teachers": teachers, "scaler": scaler,
-                 **{f"optimizer{m}": o for m, o in enumerate(optimizers)},
-                 **{f"schedule{m}": s for m, s in enumerate(schedules)}}
-        wrapped = [data.parallel(me) for me in models]
-        first, step, rows = 0, 0, []                    # rows: what the steps of this epoch showed
-        if run.state:                                   # perhaps from the middle of an epoch
-            saved = run.restore(parts)
-            first, step, rows, (p, p_clean) = (saved[k] for k in (
-                "epoch", "step", "rows", "tables"))
-            for loader in loaders:
-                loader.sampler.epoch, loader.sampler.skip = first, len(rows)
+        tables, teachers = train_phase(job, number, students, epochs, view, labels, tables)
+        if number == 1 and epochs:
+            data.pseudo_label_sheet(run.out / "pseudo_labels.png", dataset.train, names,
+                                    *(table.mean(dim=0) for table in tables))
 
-        for epoch in range(first, epochs):
-            if step >= total and not rows:
-                break
-            aligned = torch.stack([align(q, args.balance) for q in p])          # (2, N, C)
-            y, keep = verdicts(phase, aligned, p_clean, y0, high, peers, threshold)
-            for step, pair in run.steps(zip(range(step + 1, total + 1), zip(*loaders)),
-                                        2 * min(args.batch_size, N)):
-                rows.append(train_step(phase, step, pair, model, wrapped, teachers, optimizers,
-                                       schedules, scaler, (y, keep, aligned), peers, args.lam,
-                                       args.balance, autocast))
-                run.live(lambda: f"phase {phase} epoch {epoch + 1}/{epochs} step {step}/{total} "
-                         f"loss {float(rows[-1]['loss']):.3f} {run.speed():.0f} img/s, "
-                         f"{(total - step) * 2 * args.batch_size / run.speed():.0f} s left here")
-            where = f"phase {phase}", step, f"--lr{phase}"
-            rows, facts = run.read(rows, *where)
-            if run.asked:                                                       # to stop
-                run.checkpoint(parts, phase=phase, epoch=epoch, step=step, rows=rows,
-                               tables=[p, p_clean])
-            p, p_clean = judge(model, teachers, plain, N, autocast)             # (2, N, C) each
-            run.check([float(p.sum())], *where)
-            p_test, clean_test = (p, p_clean) if found.test is found.train else judge(
-                model, teachers, test, N_test, autocast)
-            score = accuracy(mean_prediction(p_test), found.test.y_true)
-            run.epoch({"phase": phase, "epoch": epoch + 1}, epochs, device, **facts,
-                      accuracy=score, **diagnostics(p, p_clean, y, keep, y_true))
-            rows = []
-            run.checkpoint(parts, phase=phase, epoch=epoch + 1, step=step, rows=rows,
-                           tables=[p, p_clean])
-        if phase == 1 and epochs:
-            data.pseudo_label_sheet(run.out / "pseudo_labels.png", found.train, names,
-                                    mean_prediction(p), mean_prediction(p_clean))
-
-    if p_test is None:                                                          # nothing to train
-        p_test, clean_test = judge(model, teachers, test, N_test, autocast)
-    data.write_predictions(run.out / "predictions.csv", found.test.names, names,
-                           mean_prediction(p_test), mean_prediction(clean_test))
-    run.save("model.pt", {"models": teachers.state_dict(), "class_names": names,
-                          "templates": found.templates, "peft": args.peft, "clip": clip_name})
-    summary = {"zero_shot": zero, "accuracy": accuracy(mean_prediction(p_test), found.test.y_true),
-               **run.totals(device)}
-    run.log(**summary)
-    run.say(("" if zero is None else f"accuracy {summary['accuracy']:.2f} %, zero-shot was "
-             f"{zero:.2f} %; ") + f"{summary['seconds']:.0f} s; results in {run.out}")
-    return summary
-
-
-def peft(text):
-    """argparse type of --peft: "vpt" -> "vpt:4"."""
-    kind, _, size = text.partition(":")
-    usual = {"vpt": "4", "lora": "4", "adapter": "16"}
-    if kind not in usual or not re.fullmatch(r"[1-9]\d*", size or usual[kind]):
-        raise argparse.ArgumentTypeError(f"expected vpt, lora or adapter, or one:SIZE, not {text}")
-    return f"{kind}:{size or usual[kind]}"
-
-
-def referee(text):
-    """argparse type of --judge."""
-    return text if text in ("peer", "self") else data.fraction(text)
+    p, p_clean = (table.mean(dim=0) for table in predict(job, teachers, job.test))      # (N, C)
+    data.write_predictions(run.out / "predictions.csv", dataset.test.names, names, p, p_clean)
+    run.save("model.pt", {"models": teachers.state_dict(), "class_names": names, "peft": args.peft,
+                          "peft_size": args.peft_size, "templates": dataset.templates,
+                          "clip": job.clip_name})
+    run.say(f"results in {run.out}")
+    return run.report(zero_shot=zero, accuracy=accuracy(p, dataset.test.y_true))
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        description="CoFT: adapt CLIP to unlabelled images. Without arguments: the offline demo.",
-        formatter_class=data.Help)
-    data.add_common(parser, "coft", 64, "images per step and model")
-    add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
-    add("--peft", type=peft, default="vpt", metavar="KIND[:SIZE]", help="light visual modules: vpt "
-        "(deep prompts; 4 tokens), lora (on q and v; rank 4) or adapter (bottlenecks; width 16)")
-    add("--epochs1", type=data.natural, default=6, help="of phase 1")
-    add("--epochs2", type=data.natural, default=4, help="of phase 2; 0 leaves it out")
-    add("--lr1", type=float, default=2e-3, help="of the light modules (AdamW, cosine)")
-    add("--lr2", type=float, help="of the image encoder; default: 3e-4 for tiny, else 1e-5")
-    add("--rho", type=data.fraction, default=0.3, help="share of the images to start from, Eq. 2")
-    add("--lam", type=float, default=1.0, help="weight of L_neg, Eq. 7")
-    add("--balance", type=float, default=1.0, help="strength of distribution alignment, weight of "
-        "the fairness term; 0: off. It wants batches of more images than there are classes")
-    add("--judge", type=referee, default="peer", metavar="peer|self|T", help="whose p_clean_y "
-        "> 1/2 keeps an image: the peer's, the model's own; or keep it where the peer's p_y > T")
-    add("--strong-view", default=False, help="phase 2 learns from RandAugment views", **switch)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    data.add_common(parser, "coft", 64, "images per step and student, of all processes")
+    add = parser.add_argument
+    add("--peft", choices=["vpt", "adapter"], default="vpt", help="light visual modules: deep "
+        "prompt tokens, or bottlenecks beside the MLPs (%(default)s)")
+    add("--peft-size", type=int, default=4, help="tokens per block, or width (%(default)s)")
+    add("--epochs1", type=int, default=6, help="of phase 1 (%(default)s)")
+    add("--epochs2", type=int, default=4, help="of phase 2; 0 leaves it out (%(default)s)")
+    add("--lr1", type=float, default=2e-3, help="of prompts and light modules (%(default)s)")
+    add("--lr2", type=float, help="of the image encoder; default: 3e-4 if D < 512 "
+        "(tiny), else 1e-5")
+    add("--rho", type=float, default=0.3, help="share of the images to start from (%(default)s)")
+    add("--lam", type=float, default=1.0, help="weight of L_neg, Eq. 6 (%(default)s)")
+    add("--alignment", type=float, default=1.0, help="of the labels (%(default)s)")
+    add("--fairness-weight", type=float, default=1.0, help="wants B > C (%(default)s)")
+    add("--judge", choices=["peer", "self"], default="peer", help="who teaches it (%(default)s)")
+    add("--strong-view", default=False, action=argparse.BooleanOptionalAction,
+        help="phase 2 learns from RandAugment views")
     return parser.parse_args(argv)
 
 

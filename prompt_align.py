@@ -1,12 +1,12 @@
 """Prompt alignment: learn a CLIP prompt from candidate labels (arXiv 2407.07638, DASFAA 2025).
 
-Each training image comes with a set of possible labels, the true one among them. A prompt with
-learnable words V is trained by an objective for such partial labels ("PLL"; eight are here). These
-objectives degrade as the sets grow. The paper's remedy: V must also agree with a mix of the
-hand-crafted prompt's posterior and its own, both restricted to the candidates. CLIP is frozen.
+Each image has a set of possible labels, the true one among them. An objective for such partial
+labels ("PLL"; eight are here) trains a prompt, and degrades as the sets grow. The paper's remedy:
+the prompt must also agree with a mix of the hand-crafted prompt's posterior and its own, within the
+candidates. CLIP is frozen.
 
-    f = features of the batch's images                      encoded once, for all that follows
-    l, l_hand = tau f.t(V), tau f.t_hand                    t(V), t_hand: texts of the classes
+    f = encode(A views of the images)                       once, for all that follows
+    l, l_hand = tau f.t(prompt), tau f.t_hand               t: texts of the classes
     c = table[i]                                            how far each candidate is believed
     pll = pll_loss(objective, l, S, c, lam)                                             Eq. 3-9
     align = loss_weighted(l, mixed_posterior(l, l_hand, S, alpha))   alpha: 1 -> 1/2    Eq. 10, 5
@@ -14,28 +14,22 @@ hand-crafted prompt's posterior and its own, both restricted to the candidates. 
     loss = u * pll + (1 - u) * balance(pll, align) * align                              Eq. 11
     table[i] = confidence(objective, l, S)                  only the rows of the batch  Eq. 2
 
-A views of an image, B batch, C classes, D embedding, L context tokens, N images, W width of a word;
+A views of an image, B batch, C classes, D embedding, L context words, N images, W width of a word;
 S (B, C) bool candidate sets; tau = exp(logit_scale), f and t unit vectors, p = softmax(l).
 
-Run:  python prompt_align.py                                    the demo, offline, some seconds
-      python prompt_align.py --q 0.9 --no-align                 the objective alone
-      python prompt_align.py --data ./oxford_pets               real data with OpenAI's CLIP
+Run:  python prompt_align.py                                the demo, offline, some seconds
+      python prompt_align.py --data ./oxford_pets           OpenAI's CLIP: not measured
       python prompt_align.py --data ./photos --classes cat,dog --candidates sets.csv
-Measured: on the demo only, see README.md. With OpenAI's CLIP on real data: not measured.
 
 Decided here (the paper's text was not at hand; "released" is its authors' code):
-- alpha falls linearly from 1 to 1/2 (to 0, large sets made V forget CLIP), and the less the sets
-  tell, the more the alignment counts: with single labels the run is supervised CoOp, with all
-  labels in every set the alignment alone teaches. --teacher handcrafted is as released: alpha = 1,
-  u = 1/2 (the sum, halved, so that --lr means the same). w is at least 0.03;
-- features are normalised, which the released aligned runs did not do;
-- PRODEN, LWS and CRDPLL update their tables from the step's own logits, RC from the new V's, all
-  for the batch only; LWS starts at 1/|S| inside and 1/(C - |S|) outside (released: 1/C);
-- PiCO's head is trained by its contrastive loss, see `Contrast`, from the first epoch (in the
-  released code nothing trains it); its prototypes and slow head move with 0.99, per class;
-- the views are data.py's weak and strong ones, five augmentations kept and used in turn;
-- for tiny, V starts from the template's words, all images are used, --lr is larger;
-- predictions.csv: p_clean is the hand-crafted prompt's probability of the chosen class.
+- alpha falls from 1 to 1/2 (to 0, large sets made the prompt forget CLIP); by u, single labels make
+  all objectives but LWS and CRDPLL supervised CoOp, full sets leave the alignment alone. --teacher
+  handcrafted is as released: alpha 1, u 1/2 (the sum, halved, so --lr means the same);
+- w of Eq. (11) is at least `MIN_WEIGHT`; features are normalised (released aligned runs: not);
+- PRODEN, LWS and CRDPLL update c by the step's own logits, RC by the prompt after it; LWS starts at
+  1/|S| in S, 1/(C - |S|) elsewhere (released: 1/C); CAVL takes the step's own argmax (its authors:
+  the previous visit's); PiCO's head learns from its own loss (released: nothing trains it), its
+  slow copy moves after the key, phi falls per step, a class without prototype is chosen last.
 """
 import argparse
 import copy
@@ -43,46 +37,34 @@ import csv
 import math
 import os
 import sys
-import time
 from functools import partial
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")   # before torch is imported: README, "Speed"
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import clip
 import data
-from clip.simple_tokenizer import SimpleTokenizer
 
 # ======== equations ========
 
 
-# same in coft.py
-def posterior(f, t, tau):
-    """Eq. (1): p_k(x) = softmax_k(tau f(x).t_k). f (B, D), t (C, D) unit vectors -> (B, C)."""
-    return (tau * f @ t.T).softmax(dim=1)
-
-
 def masked_softmax(l, S):
-    """Eq. (2): softmax_S(l)_k = exp(l_k) / sum_{j in S} exp(l_j) for k in S, else 0. A target: it
-    has no gradient. Never 0/0, however far behind S is; 0 if S is empty. l, S (B, C) -> (B, C)."""
+    """Eq. (2): softmax_S(l)_k = exp(l_k) / sum_{j in S} exp(l_j) for k in S, else 0; 0 if S is
+    empty. A target: it has no gradient. l, S (B, C) -> (B, C)."""
     return l.detach().masked_fill(~S, -math.inf).softmax(dim=1).masked_fill(~S, 0.0)
 
 
-def loss_average(l, S):
-    """Eq. (3), naive: mean of -1/|S| sum_{k in S} log p_k, as if every candidate were right; the
-    averaging baseline of arXiv 2002.08053. l (B, C), S (B, C) bool."""
-    return loss_weighted(l, S / S.sum(dim=1, keepdim=True))
-
-
 def loss_cc(l, S):
-    """Eq. (4), CC: mean of -log sum_{k in S} p_k; arXiv 2007.08929. l (B, C), S (B, C) bool."""
+    """Eq. (4), CC (arXiv 2007.08929): mean of -log sum_{k in S} p_k. l, S (B, C)."""
     return (l.logsumexp(dim=1) - l.masked_fill(~S, -math.inf).logsumexp(dim=1)).mean()
 
 
 def loss_weighted(l, c):
-    """Eq. (5): mean of -sum_k c_k log p_k. RC (arXiv 2007.08929) and PRODEN (2002.08053) with their
-    confidences c, the alignment with c = q of Eq. (10). l, c (B, C)."""
+    """Eq. (5): mean of -sum_k c_k log p_k, with their own c: RC (arXiv 2007.08929), PRODEN
+    (2002.08053), PiCO; the alignment: c = q of Eq. (10). Eq. (3), naive: c_k = 1/|S| in S, as if
+    every candidate were right. l, c (B, C)."""
     return -(c * l.log_softmax(dim=1)).sum(dim=1).mean()
 
 
@@ -91,37 +73,59 @@ def log_one_minus(l):
     top = l.argmax(dim=1, keepdim=True)                                         # (B, 1)
     rest = l.scatter(1, top, torch.finfo(l.dtype).min).logsumexp(dim=1) - l.logsumexp(dim=1)  # (B,)
     others = l.softmax(dim=1).scatter(1, top, 0.0)                              # (B, C), <= 1/2
-    return torch.log1p(-others).scatter(1, top, rest[:, None])
+    return torch.log1p(-others).scatter(1, top, rest[:, None])                  # (B, C)
 
 
 def loss_lws(l, S, c):
-    """Eq. (6), LWS with the log loss and beta = 1: mean of -sum_{k in S} c_k log p_k
-    - sum_{k not in S} c_k log(1 - p_k); arXiv 2106.05731. l, S, c (B, C)."""
+    """Eq. (6), LWS (arXiv 2106.05731), log loss, beta = 1: mean of -sum_{k in S} c_k log p_k
+    - sum_{k not in S} c_k log(1 - p_k). l, S, c (B, C)."""
     return -(c * torch.where(S, l.log_softmax(dim=1), log_one_minus(l))).sum(dim=1).mean()
 
 
 def loss_cavl(l, S):
-    """Eq. (7), CAVL: cross-entropy on argmax_{k in S} |l_k - 1| l_k, the class activation value;
-    Zhang et al., ICLR 2022. l (B, C), S (B, C) bool."""
+    """Eq. (7), CAVL (Zhang et al., ICLR 2022): cross-entropy on argmax_{k in S} |l_k - 1| l_k, the
+    class activation value. l, S (B, C)."""
     v = ((l - 1).abs() * l).masked_fill(~S, -math.inf)                          # (B, C)
     return F.cross_entropy(l, v.argmax(dim=1))
 
 
 def loss_crdpll(l, S, c, lam):
-    """Eq. (8), CRDPLL: mean of lam sum_v KL(c || p^v) - sum_{k not in S} log(1 - p^0_k), p^v of
-    view v; Wu et al., ICML 2022. l (A, B, C); S, c (B, C)."""
-    kl = sum(F.kl_div(v.log_softmax(dim=1), c, reduction="batchmean") for v in l)
+    """Eq. (8), CRDPLL (Wu et al., ICML 2022): mean of lam sum_v KL(c || p^v)
+    - sum_{k not in S} log(1 - p^0_k), p^v of view v. l (A, B, C); S, c (B, C)."""
+    kl = sum(F.kl_div(view.log_softmax(dim=1), c, reduction="batchmean") for view in l)
     return lam * kl - (log_one_minus(l[0]) * ~S).sum(dim=1).mean()
 
 
-def loss_contrastive(z, y, keys, y_keys, T=0.07):
-    """Eq. (9), PiCO (arXiv 2201.08984): mean of -log softmax_j(z_i.z_j / T) over the j of label y_i
-    in the batch, without i, and in the keys. z (B, d), y (B,), keys (M, d), y_keys (M,)."""
-    same = y[:, None] == torch.cat([y, y_keys])                                 # (B, B + M)
-    me = torch.eye(*same.shape, dtype=torch.bool, device=z.device)
-    s = (z @ torch.cat([z, keys]).T / T).masked_fill(me, -math.inf)             # (B, B + M)
-    log_p = torch.where(same & ~me, s.log_softmax(dim=1), 0.0)
-    return -(log_p.sum(dim=1) / (same & ~me).sum(dim=1).clamp(min=1)).mean()
+def loss_contrastive(z, y, keys, y_keys, temperature=0.07):
+    """Eq. (9), PiCO (arXiv 2201.08984): mean of -log softmax_j(z_i.z_j / temperature) over the j of
+    label y_i in batch and keys, but i. z (B, d), y (B,), keys (M, d), y_keys (M,)."""
+    me = torch.eye(len(z), len(z) + len(keys), dtype=torch.bool, device=z.device)   # (B, B + M)
+    positive = (y[:, None] == torch.cat([y, y_keys])) & ~me                     # (B, B + M)
+    s = (z @ torch.cat([z, keys]).T / temperature).masked_fill(me, -math.inf)   # (B, B + M)
+    log_p = torch.where(positive, s.log_softmax(dim=1), 0.0)
+    return -(log_p.sum(dim=1) / positive.sum(dim=1).clamp(min=1)).mean()
+
+
+def pll_loss(objective, l, S, c, lam):
+    """Eq. (3)-(8) by name. l (A, B, C), all but CRDPLL learn from the first view; S, c (B, C)."""
+    if objective == "cc":
+        return loss_cc(l[0], S)
+    elif objective == "lws":
+        return loss_lws(l[0], S, c)
+    elif objective == "cavl":
+        return loss_cavl(l[0], S)
+    elif objective == "crdpll":
+        return loss_crdpll(l, S, c, lam)
+    else:                                               # naive, rc, proden, pico: by c they differ
+        return loss_weighted(l[0], c)
+
+
+def confidence(objective, l, S):
+    """Rows of the table: softmax_S(l); LWS also weighs the others; CRDPLL takes the geometric mean
+    of the views' softmax, which is that of the mean logits. l (A, B, C), S (B, C) -> (B, C)."""
+    if objective == "lws":
+        return masked_softmax(l[0], S) + masked_softmax(l[0], ~S)
+    return masked_softmax(l.mean(dim=0) if objective == "crdpll" else l[0], S)
 
 
 def mixed_posterior(l, l_hand, S, alpha):
@@ -129,13 +133,12 @@ def mixed_posterior(l, l_hand, S, alpha):
     return alpha * masked_softmax(l_hand, S) + (1 - alpha) * masked_softmax(l, S)
 
 
-W_MIN = 0.03
+MIN_WEIGHT = 0.03   # the alignment stays on where the objective says nothing, as CC on full sets
 
 
 def balance(pll, align):
-    """Eq. (11): w = pll / align, a constant, so that both losses are equally large; at least W_MIN,
-    for where the objective says nothing, as CC does if all classes are candidates."""
-    return (pll.detach() / align.detach().clamp(min=1e-8)).clamp(min=W_MIN)
+    """Eq. (11): w = pll / align, a constant, so that both losses are equally large."""
+    return (pll.detach() / align.detach().clamp(min=1e-8)).clamp(min=MIN_WEIGHT)
 
 
 def information(S):
@@ -148,45 +151,44 @@ def information(S):
 
 
 class Prompt(nn.Module):
-    """L learnable context vectors V before each class name: [V_1] ... [V_L] cat. -> (C, D) unit.
-
-    V is shared by all classes. It starts from random words, as large as the model's own; for L = 0
-    from those before the class name in the template, which make CLIP's zero-shot classifier.
-    """
-    def __init__(self, model, class_names, template, L):
+    """L learnable context vectors, the same before each class name: [V_1] ... [V_L] cat. They start
+    from random words, as large as CLIP's own; for L = 0 from those before the class name in the
+    template, which make CLIP's zero-shot classifier."""
+    def __init__(self, clip_model, class_names, template, L):
         super().__init__()
         words = " ".join(["x"] * L) or template.split("{}")[0].strip() or "a photo of a"
-        rest, n = template.split("{}", 1)[1], int((clip.tokenize(words)[0] > 0).sum()) - 2
+        rest = template.split("{}", 1)[1]
+        n = int((clip.tokenize(words)[0] > 0).sum()) - 2                # without <sot> and <eot>
         tokens = clip.tokenize([f"{words} {c}{rest}" for c in class_names], truncate=True)
-        E = model.token_embedding.weight.detach()                       # (vocabulary, W)
-        tokens = tokens[:, :tokens.argmax(dim=1).max() + 1].to(E.device)    # (C, T), T: the longest
-        emb = E[tokens]                                                 # (C, T, W)
-        V = E[E.any(dim=1)].std() * torch.randn_like(emb[0, 1:1 + n]) if L else emb[0, 1:1 + n]
-        self.V = nn.Parameter(V.clone())                                # (L, W)
-        self.register_buffer("before", emb[:, :1], persistent=False)            # (C, 1, W) <sot>
-        self.register_buffer("after", emb[:, 1 + n:], persistent=False)         # (C, T - L - 1, W)
+        known = clip_model.token_embedding.weight.detach()              # (vocabulary, W)
+        tokens = tokens[:, :tokens.argmax(dim=1).max() + 1].to(known.device)    # (C, T), T: longest
+        emb = known[tokens]                                             # (C, T, W)
+        start = emb[0, 1:1 + n].clone()                                 # (L, W)
+        if L:
+            start = known[known.any(dim=1)].std() * torch.randn_like(start)     # tiny lacks words
+        self.ctx = nn.Parameter(start)                                  # (L, W)
+        self.register_buffer("token_prefix", emb[:, :1], persistent=False)      # (C, 1, W) <sot>
+        self.register_buffer("token_suffix", emb[:, 1 + n:], persistent=False)  # (C, T - L - 1, W)
         self.register_buffer("eot", tokens.argmax(dim=1), persistent=False)     # (C,)
 
-    def forward(self, model):
-        V = self.V.expand(len(self.eot), -1, -1)                        # (C, L, W)
-        emb = torch.cat([self.before, V, self.after], dim=1)            # (C, T, W)
-        t = model.encode_text_embeddings(emb, self.eot, chunk=256, shared=1 + V.shape[1])
-        return F.normalize(t, dim=-1)                                   # (C, D)
+    def forward(self, clip_model):
+        """-> t (C, D), unit rows."""
+        ctx = self.ctx.expand(len(self.eot), -1, -1)                    # (C, L, W)
+        emb = torch.cat([self.token_prefix, ctx, self.token_suffix], dim=1)     # (C, T, W)
+        t = clip_model.encode_text_embeddings(emb, self.eot, chunk=256, shared=1 + ctx.shape[1])
+        return F.normalize(t, dim=-1)
 
 
 class Contrast(nn.Module):
-    """PiCO's second space: a head and its slow copy, a queue of keys, a prototype per class.
-
-    As the towers are frozen, the contrastive loss cannot teach V. It trains the head alone (in the
-    released code nothing trained it); the prototypes in the head's space choose among the
-    candidates, and only so do they reach V: through the table of confidences.
-    """
+    """PiCO's second space: a head and its slow copy, a queue of keys, a prototype per class. With
+    CLIP frozen, the contrastive loss trains the head alone; the prototypes choose among the
+    candidates, and so reach the prompt by the table of confidences."""
     def __init__(self, D, C, d=128, queue=1024):
         super().__init__()
         self.head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, d))
-        self.slow = copy.deepcopy(self.head).requires_grad_(False)
-        self.register_buffer("keys", F.normalize(torch.randn(queue, d), dim=1))     # (Q, d) rows
-        self.register_buffer("y_keys", torch.full((queue,), -1))                    # (Q,) -1: none
+        self.slow_head = copy.deepcopy(self.head).requires_grad_(False)
+        self.register_buffer("keys", F.normalize(torch.randn(queue, d), dim=1))     # (M, d)
+        self.register_buffer("y_keys", torch.full((queue,), -1))                    # (M,) -1: none
         self.register_buffer("prototypes", torch.zeros(C, d))                       # (C, d)
 
     @torch.no_grad()
@@ -198,150 +200,144 @@ class Contrast(nn.Module):
         self.prototypes.copy_(F.normalize(mixed, dim=1))
         self.keys.copy_(torch.cat([key, self.keys])[:len(self.keys)])
         self.y_keys.copy_(torch.cat([y, self.y_keys])[:len(self.keys)])
-        for slow, fast in zip(self.slow.parameters(), self.head.parameters()):
+        for slow, fast in zip(self.slow_head.parameters(), self.head.parameters()):
             slow.lerp_(fast, 1 - m)
 
 
 # ======== training ========
 
-
 OBJECTIVES = ("naive", "cc", "rc", "proden", "lws", "cavl", "crdpll", "pico")
-MADE = ("uniform", "instance")                                          # candidates from labels
-CLIP, TINY = (16, 2e-3, 100, 16), (0, 0.1, 20, 0)   # usual --ctx, --lr, --epochs, --shots
-PASSES = 5             # --cache-features: the augmentations of each image that are kept
+USUAL = {"ctx": 16, "lr": 2e-3, "epochs": 100, "shots": 16}     # CoOp's, arXiv 2109.01134
+USUAL_TINY = {"ctx": 0, "lr": 0.1, "epochs": 20, "shots": 0}    # tiny: few words, a short tower
 
 
-def pll_loss(objective, l, S, c, lam):
-    """Eq. (3)-(8) by name. l (A, B, C), all but CRDPLL learn from the first view; S, c (B, C)."""
-    return {"naive": lambda: loss_average(l[0], S), "cc": lambda: loss_cc(l[0], S),
-            "lws": lambda: loss_lws(l[0], S, c), "cavl": lambda: loss_cavl(l[0], S),
-            "crdpll": lambda: loss_crdpll(l, S, c, lam)
-            }.get(objective, lambda: loss_weighted(l[0], c))()          # rc, proden, pico
+@torch.no_grad()
+def encode(job, view, epoch=0):
+    """Unit features of the A views of N images, augmented as in `epoch`: (A, N, D), on the CPU."""
+    f = torch.zeros(len(view.transforms), len(view), job.clip_model.visual.output_dim)
+    for *x, i in job.load(view, seed=job.args.seed, epoch=epoch):               # (B, 3, R, R) each
+        with job.autocast():
+            f_x = job.clip_model.encode_image(torch.cat(x))                     # (A B, D)
+        f[:, i] = F.normalize(f_x.float(), dim=1).unflatten(0, (len(x), -1)).cpu()
+    return data.all_reduce_sum(f)
 
 
-def confidence(objective, l, S):
-    """Rows of the table: softmax_S(l); LWS also weighs the others; CRDPLL takes the geometric mean
-    of the views' softmax, which is that of the mean logits. l (A, B, C), S (B, C) -> (B, C)."""
-    if objective == "lws":
-        return masked_softmax(l[0], S) + masked_softmax(l[0], ~S)
-    return masked_softmax(l.mean(dim=0) if objective == "crdpll" else l[0], S)
+def logits(job, prompt, f):
+    """l = tau f.t(prompt), in fp32 whatever the precision of CLIP's. f (..., D) -> (..., C)."""
+    with job.autocast():
+        t = prompt(job.clip_model)                                              # (C, D)
+    return job.tau * f @ t.float().T
 
 
-class Features:
-    """Each epoch's batches: features of augmented images (A, B, D), their indices (B,).
-
-    The tower is frozen: with --cache-features those of PASSES epochs are kept and used in turn;
-    without, an image is encoded once per step. Several processes encode a share each.
-    """
-    def __init__(self, model, load, A, batch_size, cached, autocast):
-        self.model, self.load, self.A, self.cached, self.autocast = model, load, A, cached, autocast
-        self.size, self.batches = batch_size, load(batch_size, shuffle=True, drop_last=True)
-        self.kept = {}                                                  # {pass: (A, N, D)}
-
-    @torch.no_grad()
-    def encode(self, x):
-        """A x (B, 3, R, R) -> unit features (A, B, D)."""
-        with self.autocast():
-            f = self.model.encode_image(torch.cat(x))                           # (A B, D)
-        return F.normalize(f.float(), dim=1).unflatten(0, (len(x), -1))
-
-    def table(self, batches, A, N):
-        """The features of N images, (A, N, D), on the CPU."""
-        f = torch.zeros(A, N, self.model.visual.output_dim)
-        for *x, i in batches:
-            f[:, i] = self.encode(x).cpu()
-        return data.total(f)
-
-    def epoch(self, e, skip=0):
-        """Those of epoch e, without its first `skip` batches."""
-        order, k = self.batches.sampler, e % PASSES                     # order and augmentations
-        order.epoch, order.skip = e, skip
-        if not self.cached:
-            for *x, i in self.batches:
-                yield data.gather(self.encode(x).transpose(0, 1)).transpose(0, 1), i
-            return
-        if k not in self.kept:
-            self.kept[k] = self.table(self.load(self.size, epoch=k), self.A, len(order.indices))
-        for batch in order.batches():
-            i = torch.tensor([i for i, _ in batch])                             # (B,)
-            yield self.kept[k][:, i], i
+class Learner(nn.Module):
+    """What learns from candidate sets (N, C) in so many steps, and its confidences (N, C)."""
+    def __init__(self, job, objective, align, sets, steps):
+        super().__init__()
+        self.objective, self.align, names = objective, align, job.dataset.class_names
+        torch.manual_seed(job.args.seed)
+        self.prompt = Prompt(job.clip_model, names, job.dataset.templates[0], job.ctx)
+        groups = [{"params": self.prompt.parameters(), "lr": job.lr}]
+        if objective == "pico":
+            self.contrast = Contrast(job.clip_model.visual.output_dim, len(names))
+            groups.append({"params": self.contrast.head.parameters(), "lr": 0.01})
+        self.register_buffer("sets", sets)
+        self.register_buffer("table", confidence(objective, torch.zeros(1, *sets.shape), sets))
+        self.to(job.device)
+        self.optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4)   # as CoOp
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / max(1, steps)))
 
 
-def logits(model, prompt, f, autocast):
-    """l = tau f.t(V), in fp32 whatever the precision of the text tower. f (..., D) -> (..., C)."""
-    with autocast():
-        t = prompt(model)                                                       # (C, D)
-    return model.logit_scale.exp() * f @ t.float().T
+def pico_step(learner, epoch, progress, f, i, l, S):
+    """PiCO's part of a step: moves the confidences towards the nearest prototype, then queue and
+    prototypes; returns the loss of its head. f (A, B, D), i (B,), l (A, B, C), S (B, C)."""
+    contrast, table = learner.contrast, learner.table
+    z = F.normalize(contrast.head(f[0]), dim=1)                                 # (B, d)
+    key = F.normalize(contrast.slow_head(f[1]), dim=1)                          # (B, d)
+    y = masked_softmax(l[0], S).argmax(dim=1)                                   # (B,)
+    keys, y_keys = torch.cat([key, contrast.keys]), torch.cat([y, contrast.y_keys])
+    loss = 0.5 * loss_contrastive(z, y, keys, y_keys)
+    if epoch > 0:                                       # in the first there are no prototypes yet
+        cosine = z @ contrast.prototypes.T                                      # (B, C)
+        cosine = cosine.masked_fill(~contrast.prototypes.any(dim=1), -2.0)      # without one: last
+        nearest = F.one_hot(masked_softmax(cosine, S).argmax(dim=1), S.shape[1])    # (B, C)
+        phi = 0.95 - 0.15 * progress
+        table[i] = phi * table[i] + (1 - phi) * nearest
+    contrast.update(z.detach(), key, y)
+    return loss
 
 
-def train_step(objective, teacher, epoch, progress, f, i, model, prompt, contrast, tables, descent,
-               autocast):
-    """One step on the features f (A, B, D) of the images i (B,). tables: candidate sets (N, C), on
-    the CPU, confidences (N, C), hand-crafted classifier (C, D). Without a teacher: the objective
-    alone. Returns what the log shows."""
-    sets, table, t_hand = tables
-    u = float(information(sets[i]))
-    f, S, i = (v.to(t_hand.device, non_blocking=True) for v in (f, sets[i], i))     # S (B, C)
-    c = table[i]                                                                # (B, C)
-    l, extra = logits(model, prompt, f, autocast), 0.0                          # (A, B, C)
-    l_hand = model.logit_scale.exp() * f[0] @ t_hand.T                          # (B, C)
-
-    if contrast is not None:                                                    # PiCO
-        z, y = F.normalize(contrast.head(f[0]), dim=1), masked_softmax(l[0], S).argmax(dim=1)
-        key = F.normalize(contrast.slow(f[1]), dim=1)                           # z, key (B, d)
-        extra = 0.5 * loss_contrastive(z, y, torch.cat([key, contrast.keys]),
-                                       torch.cat([y, contrast.y_keys]))
-        if epoch > 0:                               # in the first there are no prototypes yet
-            best = masked_softmax(z @ contrast.prototypes.T, S).argmax(dim=1)   # (B,)
-            phi = 0.95 - 0.15 * progress
-            c = phi * c + (1 - phi) * F.one_hot(best, S.shape[1])               # (B, C)
-            table[i] = c
-        contrast.update(z.detach(), key, y)
-
-    loss = pll = pll_loss(objective, l, S, c, min(2 * progress, 1))
-    if teacher:
-        released = teacher == "handcrafted"
-        alpha, u = (1.0, 0.5) if released else (1 - progress / 2, u)
+def train_step(job, learner, epoch, progress, f, i):
+    """One step on the features f (A, B, D) of the images i (B,). Returns what the log shows."""
+    objective, scaler, scale = learner.objective, job.scaler, job.scaler.get_scale()
+    f, i = f.to(job.device), i.to(job.device)
+    S, extra = learner.sets[i], 0.0                                             # (B, C)
+    l = logits(job, learner.prompt, f)                                          # (A, B, C)
+    if objective == "pico":
+        extra = pico_step(learner, epoch, progress, f, i, l, S)
+    c = learner.table[i]                                                        # (B, C)
+    loss = pll = pll_loss(objective, l, S, c, lam=min(2 * progress, 1))
+    shown = {"pll": pll.detach()}
+    if learner.align:
+        alpha, u = 1 - progress / 2, information(S)
+        if job.args.teacher == "handcrafted":           # as released
+            alpha, u = 1.0, 0.5
+        l_hand = job.tau * f[0] @ job.t_hand.T                                  # (B, C)
         align = loss_weighted(l[0], mixed_posterior(l[0], l_hand, S, alpha))
         w = balance(pll, align)
         loss = u * pll + (1 - u) * w * align
-        shown = {"align": align.detach(), "w": w, "alpha": alpha, "u": u}
-    else:
-        shown = {}
-    optimizer, schedule, scaler = descent
-    optimizer.zero_grad()
-    scaler.scale(loss + extra).backward()
-    data.average_gradients(optimizer)
-    scaler.step(optimizer)                                              # not if fp16 overflowed
-    schedule.step()
-    skip = data.skipped(scaler, optimizer)
+        shown |= {"align": align.detach(), "w": w, "alpha": alpha, "u": u}
 
-    if objective == "rc":                                               # RC asks the new V
+    learner.optimizer.zero_grad()
+    scaler.scale(loss + extra).backward()
+    scaler.step(learner.optimizer)                      # left out if fp16 overflowed,
+    scaler.update()                                     # which lowers the scale
+    learner.schedule.step()
+
+    if objective == "rc":                               # RC asks the prompt after the step
         with torch.no_grad():
-            l = logits(model, prompt, f, autocast)                              # (A, B, C)
+            l = logits(job, learner.prompt, f)                                  # (A, B, C)
     if objective in ("rc", "proden", "lws", "crdpll"):
-        table[i] = confidence(objective, l, S)
-    scaler.update()
-    return {"loss": loss.detach(), "pll": pll.detach(), **shown, "skipped": skip}
+        learner.table[i] = confidence(objective, l, S)
+    return {"loss": loss.detach(), **shown, "skipped": int(scaler.get_scale() < scale)}
+
+
+def train(job, passes, sets):
+    """The epochs, each on the features (A, N, D) of one of the passes. Returns the learner."""
+    args, run, N, B = job.args, job.run, len(sets), min(job.args.batch_size, len(sets))
+    steps = min(job.epochs * (N // B), args.max_steps or math.inf)
+    first, step, epochs = 0, 0, math.ceil(steps / (N // B))
+    learner = Learner(job, args.objective, args.align, sets, steps)
+    parts = {"learner": learner, "scaler": job.scaler, "optimizer": learner.optimizer,
+             "schedule": learner.schedule}
+    if run.state:                                       # --resume
+        saved = run.restore(parts)
+        first, step = saved["epoch"], saved["step"]
+    for epoch in range(first, epochs):
+        rng = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+        torch.randint(2**62, (N,), generator=rng)       # in the order of data.EpochSampler
+        batches = torch.randperm(N, generator=rng)[:N - N % B].split(B)         # (B,) each
+        for i in run.steps(batches, B, f"epoch {epoch + 1}/{epochs}", steps - step):
+            f = passes[epoch % len(passes)][:, i]                               # (A, B, D)
+            run.rows.append(train_step(job, learner, epoch, step / steps, f, i))
+            step += 1
+        run.report(epoch=epoch + 1, **run.means("--lr"), **scores(job, learner))
+        run.checkpoint(parts, epoch=epoch + 1, step=step)
+    return learner
 
 
 # ======== evaluation ========
 
 
-@torch.no_grad()
-def hand_crafted(model, class_names, templates, autocast):
-    """The classifier (C, D) of the hand-crafted prompts: the mean of the templates' texts."""
-    with autocast():
-        t = sum(F.normalize(model.encode_text(clip.tokenize(
-            [template.format(c) for c in class_names], truncate=True).to(model.logit_scale.device),
-            chunk=256).float(), dim=1) for template in templates)
-    return F.normalize(t, dim=1)
+def zero_shot(job, f):
+    """Eq. (1): posterior of the hand-crafted prompts, on the CPU. f (N, D) -> (N, C)."""
+    return (job.tau * f.to(job.device) @ job.t_hand.T).softmax(dim=1).cpu()
 
 
 @torch.no_grad()
-def predict(model, prompt, f, autocast):
-    """Logits (N, C) of features (N, D), on the CPU."""
-    return logits(model, prompt, f.to(model.logit_scale.device), autocast).cpu()
+def predict(job, learner):
+    """Logits of the training and the test images, (N, C) each, on the CPU."""
+    return [logits(job, learner.prompt, f.to(job.device)).cpu() for f in (job.f_train, job.f_test)]
 
 
 # same in coft.py
@@ -351,13 +347,12 @@ def accuracy(p, y_true):
         return round(100 * float((p.argmax(dim=1) == y_true).double().mean()), 2)
 
 
-def nearest_words(model, V):
-    """The vocabulary's word nearest to each context vector, with its distance. V (L, W)."""
-    E = model.token_embedding.weight.detach()
-    ids = E.any(dim=1).nonzero()[:, 0]                                  # tiny lacks most words
-    distance, near = torch.cdist(V.detach(), E[ids]).min(dim=1)                 # (L,) each
-    return [f"{SimpleTokenizer().decode([k]).strip()} {d:.2f}"
-            for k, d in zip(ids[near].tolist(), distance.tolist())]
+def scores(job, learner):
+    """Percent, or None: accuracy on the test images; likeliest candidates that are true."""
+    l_train, l_test = predict(job, learner)                                     # (N, C) each
+    inside = l_train.masked_fill(~learner.sets.cpu(), -math.inf)
+    return {"accuracy": accuracy(l_test, job.dataset.test.y_true),              # diagnostics only
+            "disambiguation": accuracy(inside, job.dataset.train.y_true)}
 
 
 def write_disambiguated(path, images, class_names, S, l):
@@ -366,170 +361,174 @@ def write_disambiguated(path, images, class_names, S, l):
     with data.replacing(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["image", "candidates", "label", "confidence"])
-        for image, row, k, q in zip(images.names, S.tolist(), y.tolist(), score.tolist()):
+        for image, row, k, p in zip(images.names, S.tolist(), y.tolist(), score.tolist()):
             candidates = "|".join(c for c, inside in zip(class_names, row) if inside)
-            table.writerow([image, candidates, class_names[k], f"{q:.4f}"])
+            table.writerow([image, candidates, class_names[k], f"{p:.4f}"])
+
+
+# ======== candidate labels ========
+
+def flip_candidates(y_true, C, q, seed):
+    """Every wrong label enters with probability q, independently of the others, as in PiCO (arXiv
+    2201.08984); the true one is always in. y_true (N,) -> (N, C)."""
+    return hard_candidates(torch.ones(len(y_true), C), y_true, q, seed)
+
+
+def hard_candidates(p, y_true, q, seed):
+    """Wrong label k enters with probability min(1, q (C-1) p_k / sum_{j != y} p_j): likely mistakes
+    more often, as many as with `flip_candidates` before the cap. Nearly VALEN's (Xu et al. 2021),
+    which has C where this has C-1. p (N, C) a posterior, y_true (N,) -> (N, C)."""
+    wrong = p.double().scatter(1, y_true[:, None], 0.0)                         # (N, C)
+    mass = wrong.sum(dim=1, keepdim=True)                                       # (N, 1)
+    chance = torch.where(mass > 0, q * (p.shape[1] - 1) * wrong / mass, q)      # (N, C)
+    rng = torch.Generator().manual_seed(seed)
+    return (torch.rand(p.shape, generator=rng) < chance).scatter(1, y_true[:, None], True)
+
+
+def few_shot(y_true, K, seed):
+    """Indices of K images per class, of all where there are fewer. y_true (N,)."""
+    order = torch.randperm(len(y_true), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([order[y_true[order] == k][:K] for k in y_true.unique()]).sort().values
+
+
+def read_candidates(path, images, class_names):
+    """(sets (N, C), a line about them) of the user's JSON {image: [class, ...]} or CSV: the image,
+    then its classes, in columns or separated by | or ;. Classes are names or indices from 0. Images
+    go by path, or by file name if no other has it; without an entry they may be of any class."""
+    C, classes, indices = len(class_names), {}, {}
+    for k, c in enumerate(class_names):                 # lists: ImageNet has two `missile`
+        for name in {c, data.plain_name(c)}:
+            classes.setdefault(name, []).append(k)
+    for i, image in enumerate(images.names):
+        for name in {image, os.path.basename(image)}:
+            indices.setdefault(name, []).append(i)
+    sets = torch.zeros(len(images), C, dtype=torch.bool)
+    for where, image, cells in candidate_rows(path):
+        if not cells:
+            raise data.DataError(f"{where}: expected at least one candidate class")
+        found = indices.get(image.replace("\\", "/").removeprefix("./"), [])
+        for cell in cells:
+            chosen = classes.get(cell) or classes.get(data.plain_name(cell))
+            if not chosen and not (cell.isdecimal() and int(cell) < C):
+                raise data.DataError(f"{where}: expected a class or 0 to {C - 1}, got {cell}")
+            if len(found) == 1:
+                sets[found[0], chosen or int(cell)] = True
+    missing = ~sets.any(dim=1)                                                  # (N,)
+    if missing.all():
+        raise data.DataError(f"{path}: expected images like {images.names[0]}, found none of them")
+    sets[missing] = True
+    return sets, f"; {int(missing.sum())} have no entry in {path}: all classes"
+
+
+def candidate_rows(path):
+    """(where, image, [class, ...]) of each entry. A CSV's first line without a dot is a header."""
+    if path.lower().endswith(".json"):
+        content = data.read_json(path)
+        if not isinstance(content, dict) or not all(isinstance(v, list) for v in content.values()):
+            raise data.DataError(f"{path}: expected {{image: [class, ...], ...}}")
+        for image, cells in content.items():
+            yield f"{path}: {image}", image, [str(cell) for cell in cells]
+        return
+    text = data.read_text(path)
+    rows = csv.reader(text.splitlines(), strict=True, delimiter="," if "," in text else ";")
+    try:
+        for image, *cells in filter(None, rows):
+            cells = "|".join(cells).replace(";", "|").split("|")
+            if rows.line_num > 1 or "." in image:
+                yield (f"{path} line {rows.line_num}", image.strip(),
+                       [cell.strip() for cell in cells if cell.strip()])
+    except csv.Error as e:
+        raise data.DataError(f"{path} line {rows.line_num}: not a row of a CSV file: {e}") from None
+
+
+def describe_candidates(sets, y_true=None):
+    """One line: mean size of the sets (N, C), their range, the share that holds y_true (N,)."""
+    size = sets.sum(dim=1)                                                      # (N,)
+    line = f"{size.double().mean():.1f} candidate labels an image ({size.min()} to {size.max()})"
+    if y_true is not None:                                                      # diagnostics only
+        inside = 100 * sets.gather(1, y_true[:, None]).double().mean()
+        line += f", the true one among them for {inside:.2f} %"
+    return line
 
 
 # ======== main ========
 
 
-def made_candidates(args, images, class_names, p0):
-    """(sets (N, C) bool, one line about them) made from the labels; `instance` prefers the classes
-    that the zero-shot posterior p0 (N, C) finds likely."""
-    y, C = images.y_true, len(class_names)                              # to make candidates
-    sets = (data.flip_candidates(y, C, args.q, args.seed) if args.candidates == "uniform" else
-            data.hard_candidates(p0, y, args.q, args.seed))
-    return sets, data.describe_candidates(sets, y)
-
-
 def adapt(args):
-    """The whole run: zero-shot, candidates, training, the files. Returns the summary."""
-    made = args.candidates in MADE
-    if not (made or os.path.isfile(args.candidates)):
-        raise data.DataError(f"--candidates {args.candidates}: expected uniform, instance or a CSV "
-                             f"or JSON file")
-    device, found, model, clip_name = data.begin(args)
-    if made and found.train.y_true is None:
-        raise data.DataError("the training images have no labels to make candidate sets from: give "
-                             "--candidates FILE (CSV or JSON: image, its possible classes)")
-    usual = TINY if model.visual.output_dim < 512 else CLIP
-    L, lr, epochs, shots = (u if given is None else given for given, u in zip(
-        (args.ctx, args.lr, args.epochs, args.shots), usual))
-    K = shots if made else args.shots                                   # a FILE: all, unless asked
-    if K:
-        found.train = found.train.subset(data.few_shot(found.train, K, args.seed))
-    names, y_true, y_test = found.class_names, found.train.y_true, found.test.y_true
-    given = None if made else data.read_candidates(args.candidates, found.train, names)
-    workers = data.pick_workers(args.workers, found.train)
-    autocast, _ = data.precision(args.amp, device)
-    plain, weak, strong = views = data.transforms(model.visual.input_resolution)
-    run = data.Run(args.out, {**vars(args), "found": found.description}, args.resume,
-                   args.overwrite)
-    run.say(found.description)
-    run.say(data.keep_decoded(found, views, args.cache))
+    """The whole run: candidate sets, training, the files. Returns the summary."""
+    made = args.supervised or args.candidates in ("uniform", "instance")    # from the labels
+    job = data.setup(args)              # run, device, dataset, clip_model, load
+    run, dataset, clip_model, names = job.run, job.dataset, job.clip_model, job.dataset.class_names
+    job.autocast = partial(torch.autocast, job.device.type, job.amp_dtype,
+                           enabled=job.amp_dtype is not None)
+    job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
+    usual = USUAL_TINY if clip_model.visual.output_dim < 512 else USUAL
+    job.ctx, job.lr, job.epochs, shots = (
+        usual[name] if getattr(args, name) is None else getattr(args, name) for name in usual)
 
-    load = partial(data.loader, seed=args.seed, workers=workers, device=device)
-    shown = {"crdpll": (weak, weak, strong), "pico": (weak, strong)}.get(args.objective, (weak,))
-    features = Features(model, partial(load, found.train.view(*shown)), len(shown),
-                        args.batch_size, args.cache_features, autocast)
-    f_train, f_test = (features.table(load(images.view(plain), args.batch_size), 1, len(images))[0]
-                       for images in (found.train, found.test))                 # (N, D)
-    t_hand, tau = hand_crafted(model, names, found.templates, autocast), model.logit_scale.exp()
-    p0, p0_test = (posterior(f, t_hand.cpu(), tau.cpu()) for f in (f_train, f_test))    # (N, C)
-    sets, about = given or made_candidates(args, found.train, names, p0)        # (N, C) bool
-    zero = accuracy(p0_test, y_test)
+    # the images in use and their candidate sets; CLIP's features and zero-shot posteriors
+    y_true, note = dataset.train.y_true, ""             # to make candidates, and for diagnostics
+    shots = shots if made else args.shots               # with a FILE all images, unless asked
+    if y_true is None and (made or shots):
+        raise data.DataError("no labels to make candidate sets from: give --candidates FILE")
+    if shots:
+        dataset.train = dataset.train.subset(few_shot(y_true, shots, args.seed))
+        y_true = dataset.train.y_true                                           # (N,)
+    if args.candidates == "uniform":
+        sets = flip_candidates(y_true, len(names), args.q, args.seed)           # (N, C)
+    elif not made:
+        sets, note = read_candidates(args.candidates, dataset.train, names)     # (N, C)
+    job.tau = clip_model.logit_scale.exp()
+    prompts = [[template.format(c) for template in dataset.templates] for c in names]
+    job.t_hand = clip.zeroshot_classifier(clip_model, prompts)                  # (C, D)
+    plain = data.transforms(clip_model.visual.input_resolution)[0]
+    job.f_train, job.f_test = (encode(job, images.view(plain))[0]               # (N, D) each
+                               for images in (dataset.train, dataset.test))
+    if args.supervised:                                 # arXiv 2109.01134
+        sets, args.objective, args.align = F.one_hot(y_true, len(names)).bool(), "naive", False
+    elif args.candidates == "instance":
+        sets = hard_candidates(zero_shot(job, job.f_train), y_true, args.q, args.seed)
+    about = describe_candidates(sets, y_true) + note
     run.say(f"{len(sets)} images in use, {about}")
-    run.say("no test labels" if zero is None else f"zero-shot accuracy {zero:.2f} %")
-    data.check_label_order(found, zero)
+    p0_test = zero_shot(job, job.f_test)                                        # (N, C)
+    zero = accuracy(p0_test, dataset.test.y_true)
+    data.report_zero_shot(job, zero)
 
-    torch.manual_seed(args.seed)
-    prompt, contrast = Prompt(model, names, found.templates[0], L).to(device), None
-    reference = copy.deepcopy(prompt) if args.supervised and y_true is not None else None
-    table = confidence(args.objective, torch.zeros(1, *sets.shape), sets).to(device)    # (N, C)
-    total = max(1, min(epochs * len(features.batches), args.max_steps or 10**9))   # steps
-    parts, descents = {}, []
-    if args.objective == "pico":
-        contrast = parts["contrast"] = Contrast(f_train.shape[1], len(names)).to(device)
-    for name, learner in (("prompt", prompt), ("reference", reference)):
-        if learner is None:
-            continue
-        groups = [{"params": learner.parameters(), "lr": lr}]
-        if name == "prompt" and contrast is not None:
-            groups.append({"params": contrast.head.parameters(), "lr": 0.01})
-        optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=5e-4,    # as CoOp
-                                    fused=device.type == "cuda")
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda k: 0.5 + 0.5 * math.cos(math.pi * k / total))
-        parts |= {name: learner, f"{name} optimizer": optimizer, f"{name} schedule": schedule}
-        scaler = data.precision(args.amp, device)[1]    # each its own: the two are independent
-        parts[f"{name} scaler"] = scaler
-        descents.append((optimizer, schedule, scaler))
-    if reference is not None:           # true labels, the only candidates: CoOp, arXiv 2109.01134
-        one = F.one_hot(y_true, len(names)).float()                             # (N, C)
-        truth = one.bool(), one.to(device), t_hand
-    first, step, rows = 0, 0, []                        # rows: what the steps of this epoch showed
-    if run.state:                                       # perhaps from the middle of an epoch
-        saved = run.restore(parts)
-        first, step, rows = (saved[k] for k in ("epoch", "step", "rows"))
-        table = saved["table"].to(device)
+    # the prompt learns from augmented views: as CLIP is frozen, from their features
+    weak, strong = data.augmented_views(job, lambda view: zero_shot(job, encode(job, view)[0]))
+    views = {"crdpll": (weak, weak, strong), "pico": (weak, strong)}.get(args.objective, (weak,))
+    passes = [encode(job, dataset.train.view(*views), epoch)                    # (A, N, D) each
+              for epoch in range(min(args.passes, job.epochs))]
+    learner = train(job, passes, sets)
 
-    for epoch in range(first, epochs):
-        if step >= total and not rows:
-            break
-        for step, (f, i) in run.steps(zip(range(step + 1, total + 1), features.epoch(
-                epoch, len(rows))), min(args.batch_size, len(sets))):
-            now = (epoch, (step - 1) / total, f, i, model)
-            rows.append(train_step(args.objective, args.align and args.teacher, *now, prompt,
-                                   contrast, (sets, table, t_hand), descents[0], autocast))
-            if reference is not None:                                           # diagnostics only
-                pause = time.time()
-                train_step("naive", None, *now, reference, None, truth, descents[1], autocast)
-                run.busy -= time.time() - pause
-            run.live(lambda: f"epoch {epoch + 1}/{epochs} step {step}/{total} loss "
-                     f"{float(rows[-1]['loss']):.3f} {run.speed():.0f} img/s, "
-                     f"{(total - step) * args.batch_size / run.speed():.0f} s left")
-        where = "training", step, "--lr"
-        rows, line = run.read(rows, *where)
-        if run.asked:                                                           # to stop
-            run.checkpoint(parts, epoch=epoch, step=step, rows=rows, table=table)
-        l = predict(model, prompt, f_test, autocast)                            # (N, C)
-        run.check([float(l.sum())], *where)
-        line["accuracy"] = accuracy(l, y_test)
-        if y_true is not None:                                                  # diagnostics only
-            l = predict(model, prompt, f_train, autocast)                       # (N, C)
-            line["disambiguation"] = accuracy(l.masked_fill(~sets, -math.inf), y_true)
-        if reference is not None:                                               # diagnostics only
-            line["supervised"] = accuracy(predict(model, reference, f_test, autocast), y_test)
-        run.epoch({"epoch": epoch + 1}, epochs, device, **line)
-        rows = []
-        run.checkpoint(parts, epoch=epoch + 1, step=step, rows=rows, table=table)
-
-    l, l_test = (predict(model, prompt, f, autocast) for f in (f_train, f_test))    # (N, C) each
-    write_disambiguated(run.out / "disambiguated.csv", found.train, names, sets, l)
-    data.write_predictions(run.out / "predictions.csv", found.test.names, names,
+    # the results
+    l_train, l_test = predict(job, learner)                                     # (N, C) each
+    write_disambiguated(run.out / "disambiguated.csv", dataset.train, names, sets, l_train)
+    data.write_predictions(run.out / "predictions.csv", dataset.test.names, names,
                            l_test.softmax(dim=1), p0_test)
-    words = nearest_words(model, prompt.V)
-    run.say("words nearest to the context (and distance): " + ", ".join(words))
-    run.save("model.pt", {"prompt": prompt.state_dict(), "ctx": L, "class_names": names,
-                          "template": found.templates[0], "clip": clip_name})
-    top = None if reference is None else predict(model, reference, f_test, autocast)
-    summary = {"zero_shot": zero, "accuracy": accuracy(l_test, y_test),
-               "supervised": None if reference is None else accuracy(top, y_test),
-               "candidates": about, "nearest_words": words, **run.totals(device)}
-    run.log(**summary)
-    run.say("".join(f"{k.replace('_', '-')} {summary[k]:.2f} %, " for k in (
-        "zero_shot", "supervised", "accuracy") if summary[k] is not None)
-        + f"{summary['seconds']:.0f} s; results in {run.out}")
-    return summary
+    run.save("model.pt", {"prompt": learner.prompt.state_dict(), "ctx": job.ctx, "clip":
+                          job.clip_name, "class_names": names, "template": dataset.templates[0]})
+    run.say(f"results in {run.out}")
+    return run.report(zero_shot=zero, **scores(job, learner), candidates=about)
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Learn a CLIP prompt from candidate labels. Without arguments: the demo.",
-        formatter_class=data.Help)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     data.add_common(parser, "prompt_align", 32)
-    add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
-    add("--objective", choices=OBJECTIVES, default="cc", help="Eq. 3-9")
-    add("--align", default=True, help="Eq. 11; without: the objective alone", **switch)
-    add("--teacher", choices=["mixed", "handcrafted"], default="mixed", help="Eq. 10; handcrafted: "
-        "alpha stays 1, as in the released code")
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    add("--objective", choices=OBJECTIVES, default="cc", help="Eq. 3-9 (%(default)s)")
+    add("--align", default=True, action=switch, help="Eq. 11; without: the objective alone")
+    add("--teacher", choices=["mixed", "handcrafted"], default="mixed", help="the latter: alpha 1")
     add("--candidates", default="uniform", metavar="uniform|instance|FILE", help="made from the "
-        "labels: all wrong ones alike, or those CLIP finds likely; or your CSV or JSON (data.py)")
-    add("--q", type=float, default=0.5, help="chance of a wrong label to be a candidate, 0 to 1")
-    add("--shots", type=data.natural, metavar="K", help="training images per class, 0: all; "
-        "default: 16; all for tiny or with a FILE")
-    add("--ctx", type=data.natural, metavar="L", help="random context tokens; 0: the template's "
-        "words; default: 0 for tiny, else 16")
-    add("--lr", type=data.above_zero, help="of V (SGD, cosine); default: 0.1 for tiny, else 0.002")
-    add("--epochs", type=data.natural, help="default: 20 for tiny, else 100")
-    add("--cache-features", default=True, help=f"encode {PASSES} augmentations of each image and "
-        "use them in turn; without: a new one in each epoch", **switch)
-    add("--supervised", default=True, help="also learn from the true labels, to compare", **switch)
-    args = parser.parse_args(argv)
-    if not 0 <= args.q <= 1:
-        parser.error(f"argument --q: expected a number in [0, 1], got {args.q}")
-    return args
+        "labels, all wrong ones alike or those CLIP finds likely; or your CSV or JSON")
+    add("--q", type=float, default=0.5, help="chance of a wrong label to be in a set (%(default)s)")
+    add("--shots", type=int, help="images per class; default: 16; 0, all, for tiny or with a FILE")
+    add("--ctx", type=int, help="random words; 0: the template's; default: 16; 0 for tiny")
+    add("--lr", type=float, help="of the context (SGD, cosine); default: 0.002; 0.1 for tiny")
+    add("--epochs", type=int, help="default: 100; 20 for tiny")
+    add("--passes", type=int, default=5, help="augmentations of each image (%(default)s)")
+    add("--supervised", default=False, action=switch, help="true labels, to compare: CoOp")
+    return parser.parse_args(argv)
 
 
 # same in coft.py

@@ -3,8 +3,9 @@
     model, preprocess = clip.load("ViT-B/16")          # or "tiny", or a checkpoint file
     logits_per_image, logits_per_text = model(preprocess(image)[None], clip.tokenize(["a dog"]))
 """
-from .clip import CLIPError, available_models, check_architecture, load, tokenize
+from .clip import (CLIPError, available_models, check_architecture, load, tokenize,
+                   zeroshot_classifier)
 from .model import CLIP, build_model
 
 __all__ = ["CLIP", "CLIPError", "available_models", "build_model", "check_architecture", "load",
-           "tokenize"]
+           "tokenize", "zeroshot_classifier"]

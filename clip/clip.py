@@ -1,72 +1,51 @@
 """Loading CLIP: checkpoints of five formats, verified downloads, tokens, preprocessing.
 
-Nothing in a checkpoint is executed.  Archives of torch.save and of TorchScript are read without
-torch.load: a restricted unpickler builds tensors and containers, and refuses everything else.
+No code that a checkpoint holds is executed.  OpenAI's files are TorchScript archives, whose tensors
+are read here without torch.jit; torch.load (weights_only) and safetensors read all others.
 """
 import hashlib
-import http.client
 import io
-import json
-import math
-import os
 import pickle
 import re
+import socket
 import sys
-import threading
-import time
-import urllib.error
-import urllib.parse
 import urllib.request
 import zipfile
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torchvision import transforms
 
 from .model import CLIPError, build_model
 from .simple_tokenizer import SimpleTokenizer
 
-# name: (SHA-256 of the official file, Hugging Face repository with a copy of the weights)
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+# name: (SHA-256 of OpenAI's file, Hugging Face repository with a copy of the weights,
+#        (resolution, embedding width, patch size or 0 for a ResNet))
 _MODELS = {
     "RN50": ("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
-             "timm/resnet50_clip.openai"),
+             "timm/resnet50_clip.openai", (224, 1024, 0)),
     "RN101": ("8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
-              "timm/resnet101_clip.openai"),
+              "timm/resnet101_clip.openai", (224, 512, 0)),
     "RN50x4": ("7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
-               "timm/resnet50x4_clip.openai"),
+               "timm/resnet50x4_clip.openai", (288, 640, 0)),
     "RN50x16": ("52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
-                "timm/resnet50x16_clip.openai"),
+                "timm/resnet50x16_clip.openai", (384, 768, 0)),
     "RN50x64": ("be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c",
-                "timm/resnet50x64_clip.openai"),
+                "timm/resnet50x64_clip.openai", (448, 1024, 0)),
     "ViT-B/32": ("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-                 "openai/clip-vit-base-patch32"),
+                 "openai/clip-vit-base-patch32", (224, 512, 32)),
     "ViT-B/16": ("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
-                 "openai/clip-vit-base-patch16"),
+                 "openai/clip-vit-base-patch16", (224, 512, 16)),
     "ViT-L/14": ("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-                 "openai/clip-vit-large-patch14"),
+                 "openai/clip-vit-large-patch14", (224, 768, 14)),
     "ViT-L/14@336px": ("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
-                       "openai/clip-vit-large-patch14-336"),
+                       "openai/clip-vit-large-patch14-336", (336, 768, 14)),
+    "tiny": (None, None, (32, 64, 8)),
 }
-_OFFICIAL = ("https://openaipublic.azureedge.net/clip/models",
-             "https://openaipublic.blob.core.windows.net/clip/models")
-
-
-def _urls(name):
-    """[(url, SHA-256 or None)] in the order of trial; None: the reply itself must name it."""
-    sha256, repo = _MODELS[name]
-    files = (("open_clip_model.safetensors",) if repo.startswith("timm/") else
-             ("model.safetensors", "pytorch_model.bin"))
-    return ([(f"{host}/{sha256}/{re.sub('[/@]', '-', name)}.pt", sha256) for host in _OFFICIAL]
-            + [(f"https://huggingface.co/{repo}/resolve/main/{file}", None) for file in files])
-
-
-_SOURCES = {name: _urls(name) for name in _MODELS}
-_TIMEOUT = 20  # seconds without a byte, or with fewer than 1000 bytes a second
-_LARGEST = 4 * 10**9  # bytes; the largest of the files has 1.8 GB
-_DIFFERS = ("{} is not the expected file (its SHA-256 differs): move it away to download it again, "
-            "or pass it with --weights FILE if you trust it")
+_TIMEOUT = 60  # seconds without a byte from a host
 _tokenizer = SimpleTokenizer()
 
 
@@ -75,7 +54,7 @@ _tokenizer = SimpleTokenizer()
 
 def available_models():
     """Names that `load` knows: OpenAI's nine, and "tiny", which lies in this folder."""
-    return [*_MODELS, "tiny"]
+    return list(_MODELS)
 
 
 def load(name, device="cpu", download_root=None, jit=False, quick_gelu=None):
@@ -83,7 +62,7 @@ def load(name, device="cpu", download_root=None, jit=False, quick_gelu=None):
 
     `name`: one of `available_models()`, downloaded on first use to `download_root` (default
     ~/.cache/clip), or a file: OpenAI's .pt, a plain state dict (also one under "state_dict" or
-    "model"), Hugging Face's CLIPModel or open_clip's, as .pt, .bin or .safetensors.
+    "model"), Hugging Face's CLIPModel or open_clip's, as .pt, .bin or .safetensors (if installed).
     `quick_gelu`: None is what the file says, else True, which is right for OpenAI's weights; most
     open_clip weights trained on LAION need False, and their files do not say so.
     `preprocess`: PIL image of any mode and size -> (3, R, R), R = model.visual.input_resolution.
@@ -91,14 +70,13 @@ def load(name, device="cpu", download_root=None, jit=False, quick_gelu=None):
     """
     if jit or download_root is True:  # True: openai/CLIP has jit in the third place
         raise CLIPError("jit=True is not supported: TorchScript is deprecated, use jit=False")
-    name = os.fspath(name)
     if name == "tiny":
-        path = str(Path(__file__).with_name("tiny.pt"))
+        path = Path(__file__).with_name("tiny.pt")
     elif name in _MODELS:
         path = _download(name, download_root or Path.home() / ".cache" / "clip")
     else:
-        path = name
-    if not os.path.isfile(path):
+        path = Path(name)
+    if not path.is_file():
         raise CLIPError(f"no such model or file: {path} (models: {', '.join(available_models())})")
     weights, extra = _read_checkpoint(path)
     if quick_gelu is None:
@@ -112,21 +90,14 @@ def load(name, device="cpu", download_root=None, jit=False, quick_gelu=None):
     return model.to(device), _transform(model.visual.input_resolution)
 
 
-# name: (resolution, embedding width, patch size, 0 for a ResNet)
-_SHAPES = {"RN50": (224, 1024, 0), "RN101": (224, 512, 0), "RN50x4": (288, 640, 0),
-           "RN50x16": (384, 768, 0), "RN50x64": (448, 1024, 0), "ViT-B/32": (224, 512, 32),
-           "ViT-B/16": (224, 512, 16), "ViT-L/14": (224, 768, 14), "ViT-L/14@336px": (336, 768, 14),
-           "tiny": (32, 64, 8)}
-
-
 def check_architecture(model, name):
     """CLIPError unless `model` has the architecture `name`, one of `available_models()`."""
     visual = model.visual
     patch = visual.conv1.kernel_size[0] if hasattr(visual, "transformer") else 0
-    if name not in _SHAPES:
-        raise CLIPError(f"no such model: {name} (models: {', '.join(_SHAPES)})")
+    if name not in _MODELS:
+        raise CLIPError(f"no such model: {name} (models: {', '.join(_MODELS)})")
     found = (visual.input_resolution, visual.output_dim, patch)
-    if found != _SHAPES[name]:
+    if found != _MODELS[name][2]:
         raise CLIPError(f"the weights are not those of {name}: resolution {found[0]}, embedding "
                         f"{found[1]}, " + (f"patch {patch}" if patch else "a ResNet"))
 
@@ -150,6 +121,14 @@ def tokenize(texts, context_length=77, truncate=False):
     return result
 
 
+def zeroshot_classifier(model, texts):
+    """C lists of prompts -> (C, D): per class the mean of its unit text features, a unit vector."""
+    tokens = tokenize([text for prompts in texts for text in prompts], truncate=True)
+    t = model.encode_text(tokens.to(model.logit_scale.device), chunk=256)
+    rows = F.normalize(t, dim=-1).split([len(prompts) for prompts in texts])
+    return F.normalize(torch.stack([row.mean(dim=0) for row in rows]), dim=-1)
+
+
 def _to_rgb(image):
     return image.convert("RGB")
 
@@ -171,229 +150,111 @@ def _transform(n_px):
 def _read_checkpoint(path):
     """(state dict with OpenAI's names, other entries such as quick_gelu) of any file."""
     try:
-        data, extra = _read_file(path), {}
-        if not isinstance(data, dict):
+        checkpoint, extra = _read_file(path), {}
+        if not isinstance(checkpoint, dict):
             raise ValueError("it holds no state dict")
         for key in ("state_dict", "model"):
-            if isinstance(data.get(key), dict):
-                extra, data = data, data[key]
+            if isinstance(checkpoint.get(key), dict):
+                checkpoint, extra = checkpoint[key], checkpoint
                 break
-        weights = {key: value for key, value in data.items()
+        weights = {key: value for key, value in checkpoint.items()
                    if isinstance(key, str) and isinstance(value, torch.Tensor)}
-        if sum(value.numel() for value in weights.values()) > os.path.getsize(path):
+        if sum(value.numel() for value in weights.values()) > path.stat().st_size:
             raise ValueError("its tensors have more elements than the file has bytes")
         weights = _openai_names(weights)
-        rows = weights.get("token_embedding.weight")
-        if extra.get("token_ids") is not None and len(rows) != extra["vocab_size"]:
-            # the file holds only the rows of tokens that were trained: the others are zero
-            if extra["vocab_size"] > len(_tokenizer.encoder):
-                raise ValueError(f"a vocabulary of {extra['vocab_size']} tokens is not CLIP's")
-            full = rows.new_zeros(extra["vocab_size"], rows.shape[1])
+        if extra.get("token_ids") is not None:  # only the rows of tokens that were trained
+            rows = weights["token_embedding.weight"]  # (ids, W); the others are zero
+            full = rows.new_zeros(extra["vocab_size"], rows.shape[1])  # (vocabulary, W)
             full[extra["token_ids"]] = rows
             weights["token_embedding.weight"] = full
-    except Exception as error:  # a damaged or hostile file may provoke any: one line
+    except Exception as error:  # a damaged file may provoke any
         raise CLIPError(f"cannot read {path} as a checkpoint: {_one_line(error)}") from error
     return weights, extra
 
 
 def _one_line(error):
-    text = " ".join(str(error).split())[:200]
-    return "".join(c if c.isprintable() else "?" for c in text) or type(error).__name__
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _read_file(path):
+    """What a file holds: a dict of tensors, or whatever else torch.save wrote."""
     with open(path, "rb") as file:
         head = file.read(9)
-    if head[8:] == b"{" and int.from_bytes(head[:8], "little") < os.path.getsize(path):
-        return _read_safetensors(path)
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            return _read_archive(archive, os.path.getsize(path))
-    raise ValueError("expected safetensors or a zip archive (a file that torch.save wrote before "
-                     "1.6: torch.load it where you trust it, and torch.save it again)")
+    if head[8:] == b"{":  # safetensors: the length of a JSON header, the header, the tensors
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ValueError("safetensors needs a package: pip install safetensors") from None
+        return load_file(path)
+    if head[:4] != b"PK\x03\x04":
+        raise ValueError("expected safetensors or a zip archive (a file that torch.save wrote "
+                         "before 1.6: torch.load it where you trust it, and torch.save it again)")
+    with zipfile.ZipFile(path) as archive:
+        if any("/code/" in name or "/constants.pkl" in name for name in archive.namelist()):
+            return _read_torchscript(archive)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # its text tells how to run what the file holds
+        raise ValueError("it is damaged, or holds more than tensors and plain values: torch.save "
+                         "its state dict alone") from None
 
 
-class Unpickler(pickle._Unpickler):
-    """Builds containers, numbers and texts, and what a subclass's `find_class` knows; no sets.
+class _Module:
+    """Stands for any object of a TorchScript archive: keeps its attributes, runs nothing."""
 
-    In Python: 20 bytes make the one in C ask for all memory.  Keys are texts or numbers: the hash
-    of nested tuples may take for ever.  Only what has a __setstate__ is given a state.
-    """
-    dispatch = {code: pickle._Unpickler.dispatch[code] for code in pickle._Unpickler.dispatch if
-                code not in b"".join((
-                    pickle.DICT, pickle.INST, pickle.OBJ, pickle.EXT1, pickle.EXT2, pickle.EXT4,
-                    pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8))}
+    def __init__(self, *args):
+        pass
+
+
+def _rebuild_tensor(storage, offset, size, stride, *_):
+    return torch.as_strided(storage, size, stride, offset)  # checks that it fits the storage
+
+
+class _TorchScriptUnpickler(pickle.Unpickler):
+    """Builds tensors, dicts and `_Module`s from an archive's data.pkl, and refuses all else."""
+    allowed = {("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+               ("collections", "OrderedDict"): dict,
+               ("torch", "DoubleStorage"): torch.float64, ("torch", "FloatStorage"): torch.float32,
+               ("torch", "HalfStorage"): torch.float16, ("torch", "LongStorage"): torch.int64,
+               ("torch", "IntStorage"): torch.int32, ("torch", "BoolStorage"): torch.bool}
+
+    def __init__(self, archive):
+        self.archive, self.root = archive, archive.namelist()[0].split("/")[0]
+        super().__init__(io.BytesIO(archive.read(f"{self.root}/data.pkl")))
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+        if module.split(".")[0] == "__torch__" or module == "torch.jit._pickle":
+            return _Module  # its class is code of the archive; or a list with a type
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+        return self.allowed[module, name]
 
-    def set_items(self, *items):
-        for key, value in zip(items[::2], items[1::2]):
-            if not isinstance(key, (str, bytes, int)):
-                raise pickle.UnpicklingError("a key is neither text nor a number")
-            self.stack[-1][key] = value
-
-    def load_setitem(self):
-        value, key = self.stack.pop(), self.stack.pop()
-        self.set_items(key, value)
-
-    def load_setitems(self):
-        self.set_items(*self.pop_mark())
-
-    def load_build(self):
-        if type(self.stack[-2]) is dict:  # an OrderedDict's attributes: state_dict's _metadata
-            self.stack.pop()
-            return
-        if not hasattr(type(self.stack[-2]), "__setstate__"):
-            raise pickle.UnpicklingError("it gives a state to what has none")
-        super().load_build()
-
-    dispatch.update({pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
-                     pickle.BUILD[0]: load_build})
+    def persistent_load(self, pid):
+        """("storage", dtype, key, device, elements) -> tensor (elements,)."""
+        _, dtype, key, *_ = pid
+        raw = bytearray(self.archive.read(f"{self.root}/data/{key}"))
+        return torch.frombuffer(raw, dtype=dtype)
 
 
-_STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32,
-             "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-             "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
-             "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+def _read_torchscript(archive):
+    """{name: tensor} of a zip archive that torch.jit.save wrote; its code is not looked at."""
+    def tensors(module, prefix):
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                yield prefix + name, value
+            elif isinstance(value, _Module):
+                yield from tensors(value, f"{prefix}{name}.")
+
+    return dict(tensors(_TorchScriptUnpickler(archive).load(), ""))
 
 
-# Classes that stand in a training checkpoint beside its weights: nothing of them is kept.
-_IGNORED = {("torch", "device"), ("torch", "Size"), ("argparse", "Namespace"),
-            *(("torch", str(dtype)[len("torch."):]) for dtype in _STORAGES.values())}
-
-
-def _read_archive(archive, size):
-    """{name: tensor} of a zip that torch.jit.save wrote, whose code is not looked at; or the dict
-    that torch.save wrote, with the tensors in it and in the dicts in it.
-
-    data.pkl is a dict, or a tree of module objects whose attributes are tensors and modules.
-    size: of the file, in bytes.
-    """
-    pickled = min((name for name in archive.namelist() if name.endswith("/data.pkl")), key=len,
-                  default=None)
-    if pickled is None or archive.getinfo(pickled).file_size > 2**26:
-        raise ValueError("it holds no data.pkl, or one of more than 64 MB")
-    root = pickled[:-len("data.pkl")]
-    if sum(info.file_size for info in archive.infolist()
-           if not info.filename.startswith(f"{root}code/")) > size:
-        raise ValueError("its parts are larger than the file, but only code is compressed")
-    storages = {}
-
-    class Record:  # stands for a module, or for what is ignored: holds attributes, does nothing
-        fields, tensor = {}, None
-
-        def __new__(cls, *args, **kwargs):
-            return object.__new__(cls)
-
-        def __setstate__(self, state):
-            self.fields = state if isinstance(state, dict) else {}
-
-    def rebuild_tensor(storage, offset, size, stride, *_):
-        dtype, key = storage
-        if not all(type(n) is int and abs(n) < 2**63 for n in (offset, *size, *stride)):
-            raise pickle.UnpicklingError("a tensor's size is not of numbers")
-        record = Record()
-        record.tensor = (dtype, key, offset, size, stride)  # a description; see `build`
-        return record
-
-    def ordered(*items):
-        if items:  # Python 3 adds them one by one
-            raise pickle.UnpicklingError("it fills an OrderedDict as it makes it")
-        return {}
-
-    class Reader(Unpickler):
-        def find_class(self, module, name):
-            if module == "torch" and name in _STORAGES:
-                return _STORAGES[name]
-            if (module.split(".")[0] == "__torch__" or module == "torch.jit._pickle"
-                    or (module, name) in _IGNORED):
-                return Record
-            known = {"torch._utils _rebuild_tensor_v2": rebuild_tensor,
-                     "torch._utils _rebuild_parameter": lambda data, *_: data,
-                     "collections OrderedDict": ordered}
-            return known.get(f"{module} {name}") or super().find_class(module, name)
-
-        def persistent_load(self, pid):
-            if not (isinstance(pid, tuple) and len(pid) > 2 and isinstance(pid[2], str)):
-                raise pickle.UnpicklingError("a storage without a name")
-            return pid[1], pid[2]  # dtype, name of the storage
-
-    def build(dtype, key, offset, size, stride):
-        if key not in storages:
-            raw = bytearray(archive.read(f"{root}data/{key}"))
-            storages[key] = (torch.frombuffer(raw, dtype=dtype) if raw else
-                             torch.empty(0, dtype=dtype))
-        if storages[key].dtype != dtype or math.prod(size) > storages[key].numel():
-            raise ValueError(f"a tensor does not fit its storage {key}")
-        return torch.as_strided(storages[key], size, stride, offset)  # checks the bounds
-
-    weights, seen = {}, set()
-
-    def walk(record, prefix):
-        seen.add(id(record))
-        for name, value in record.fields.items():
-            if isinstance(value, Record) and value.tensor is not None:
-                weights[prefix + name] = build(*value.tensor)
-            elif isinstance(value, Record) and id(value) not in seen:
-                walk(value, f"{prefix}{name}.")
-
-    def tensors(table):
-        return {key: build(*value.tensor) if isinstance(value, Record) and value.tensor else value
-                for key, value in table.items()}
-
-    found = Reader(io.BytesIO(archive.read(pickled))).load()
-    if isinstance(found, Record):
-        walk(found, "")
-        return weights
-    if not isinstance(found, dict):
-        raise ValueError("it holds no state dict")
-    return {key: tensors(value) if key in ("state_dict", "model") and type(value) is dict else value
-            for key, value in tensors(found).items()}
-
-
-def _read_safetensors(path):
-    """{name: tensor}: a 64-bit little-endian length, a JSON header of that length, raw tensors."""
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-              "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-              "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-    weights = {}
-    with open(path, "rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(start - 8))
-        room = left = os.path.getsize(path) - start
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            dtype, shape = dtypes[entry["dtype"]], entry["shape"]
-            begin, end = entry["data_offsets"]
-            if not (0 <= begin <= end <= room and all(n >= 0 for n in shape)
-                    and end - begin == math.prod(shape) * dtype.itemsize):
-                raise ValueError(f"the entry {name!r} of its header points outside of the file")
-            left -= end - begin
-            if left < 0:
-                raise ValueError("the entries of its header overlap")
-            file.seek(start + begin)
-            raw = bytearray(file.read(end - begin))
-            flat = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-            weights[name] = flat.reshape(shape)
-    return weights
-
-
-_HUGGING_FACE = (  # (their part of a name, OpenAI's)
-    ("text_model.embeddings.token_embedding.", "token_embedding."),
-    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
-    ("text_model.encoder.layers.", "transformer.resblocks."),
-    ("text_model.final_layer_norm.", "ln_final."),
-    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
-    ("vision_model.embeddings.patch_embedding.", "visual.conv1."),
-    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
-    ("vision_model.encoder.layers.", "visual.transformer.resblocks."),
-    ("vision_model.pre_layrnorm.", "visual.ln_pre."),  # their spelling
-    ("vision_model.post_layernorm.", "visual.ln_post."),
-    ("visual_projection.weight", "visual.proj.weight"),
-    (".self_attn.", ".attn."), (".layer_norm1.", ".ln_1."), (".layer_norm2.", ".ln_2."),
-    (".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."))
+_HUGGING_FACE = (  # (their part of a name, OpenAI's), replaced in this order
+    ("text_model.", ""), ("vision_model.", "visual."), ("embeddings.", ""),
+    ("position_embedding.weight", "positional_embedding"), ("patch_embedding.", "conv1."),
+    ("encoder.layers.", "transformer.resblocks."), ("self_attn.", "attn."),
+    ("layer_norm1.", "ln_1."), ("layer_norm2.", "ln_2."), ("fc1.", "c_fc."), ("fc2.", "c_proj."),
+    ("post_layernorm.", "ln_post."), ("final_layer_norm.", "ln_final."),
+    ("visual_projection.", "visual.proj."), ("pre_layrnorm.", "ln_pre."))  # their spelling
 
 
 def _openai_names(weights):
@@ -403,12 +264,8 @@ def _openai_names(weights):
     if "text.token_embedding.weight" in weights:  # open_clip's CustomTextCLIP
         weights = {key.removeprefix("text."): value for key, value in weights.items()}
     if "text_model.embeddings.token_embedding.weight" in weights:
-        renamed = {}
-        for key, value in weights.items():
-            for theirs, ours in _HUGGING_FACE:
-                key = key.replace(theirs, ours)
-            renamed[key] = value
-        weights = renamed
+        for theirs, ours in _HUGGING_FACE:
+            weights = {key.replace(theirs, ours): value for key, value in weights.items()}
         for key in [key for key in weights if ".attn.q_proj." in key]:
             parts = [weights.pop(key.replace(".q_proj.", f".{c}_proj.")) for c in "qkv"]
             weights[key.replace(".q_proj.", ".in_proj_")] = torch.cat(parts)
@@ -421,161 +278,72 @@ def _openai_names(weights):
 # ---------------------------------------------------------------------------------- download
 
 
-class _SourceFailed(Exception):
-    """One source cannot deliver; the message says why, and the next one is tried."""
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects and remembers the SHA-256 that Hugging Face sends with the first reply."""
-
-    def __init__(self, sha256):
-        self.sha256, self.first = sha256, True
-
-    def look(self, headers):
-        etag = headers.get("X-Linked-Etag", "").strip('W/"').lower()
-        if self.first and self.sha256 is None and re.fullmatch("[0-9a-f]{64}", etag):
-            self.sha256 = etag
-        self.first = False
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        self.look(headers)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _say(text, end="\n"):
-    print(text, end=end, file=sys.stderr, flush=True)
-
-
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def _sources(name):
+    """[(url, SHA-256, or None: ask the host)] of a model's file, in the order of trial."""
+    sha256, repo, _ = _MODELS[name]
+    file = f"{sha256}/{re.sub('[/@]', '-', name)}.pt"
+    copy = "open_clip_model.safetensors" if repo.startswith("timm/") else "pytorch_model.bin"
+    return [(f"https://openaipublic.azureedge.net/clip/models/{file}", sha256),
+            (f"https://openaipublic.blob.core.windows.net/clip/models/{file}", sha256),
+            (f"https://huggingface.co/{repo}/resolve/main/{copy}", None)]
 
 
 def _download(name, root):
-    """Path of a named model's verified weights under `root`: from the cache, else the network."""
-    stem, tried, sources = Path(root) / re.sub("[/@]", "-", name), [], []
-    for url, sha256 in _SOURCES[name]:
-        path = f"{stem}{Path(urllib.parse.urlsplit(url).path).suffix}"
-        note = Path(path + ".sha256")  # beside a Hugging Face copy: the hash that was verified
-        sources.append((url, path, note, sha256))
-        known = sha256 or (note.read_text("latin-1").strip() if note.is_file() else None)
-        if known and os.path.isfile(path):
-            if _sha256(path) != known:
-                raise CLIPError(_DIFFERS.format(path))
+    """Path of a named model's verified file: found in the folder `root`, else downloaded to it."""
+    files, tried = [], []
+    for url, sha256 in _sources(name):
+        path = Path(root, re.sub("[/@]", "-", name) + Path(url).suffix)
+        note = Path(f"{path}.sha256")  # of a Hugging Face copy: the hash that was verified
+        known = sha256 or (note.read_text().strip() if note.is_file() else None)
+        if known and path.is_file():
+            _check_sha256(path, known)
             return path
-    for url, path, note, sha256 in sources:
-        _say(f"downloading {name} from {url}")
+        files.append((url, sha256, path, note))
+    for url, sha256, path, note in files:
+        print(f"downloading {name} from {url}", file=sys.stderr)
         try:
-            os.makedirs(root, exist_ok=True)
-            found = _fetch(url, path, sha256)
-            if sha256 is None:
-                note.write_text(found + "\n")
-            _say(f"{path}: SHA-256 verified")
-            return path
-        except _SourceFailed as reason:
-            tried.append(f"{urllib.parse.urlsplit(url).netloc}: {reason}")
-            _say(f"  failed: {reason}")
-        except OSError as error:
-            raise CLIPError(f"cannot write to {root}: {error.strerror or error}") from None
+            known = _fetch(url, sha256, path)
+        except Exception as error:  # whatever a host does, the next one is asked
+            tried.append(f"{url.split('/')[2]}: {_one_line(error)}")
+            print(tried[-1], file=sys.stderr)
+            continue
+        _check_sha256(path, known)
+        if sha256 is None:
+            note.write_text(known + "\n")
+        return path
     raise CLIPError(f"cannot download {name} (tried {'; '.join(tried)}): get the file elsewhere "
                     f"and pass it with --weights FILE")
 
 
-def _fetch(url, path, sha256):
-    """Download one file through `path`.part, which is resumed, and move it to `path`; its SHA-256.
-
-    Raises _SourceFailed; the part is kept for the next attempt unless its contents are wrong, and a
-    file that lies at `path` is never replaced.
-    """
-    part = path + ".part"
-    fresh = not os.path.exists(part)  # nothing of an earlier run, or of another host, is in it
-    for _ in range(100):
-        before = os.path.getsize(part) if os.path.exists(part) else 0
-        redirects = _Redirects(sha256)
-        request = urllib.request.Request(url, headers={"User-Agent": "clip"})
-        if before:
-            request.add_header("Range", f"bytes={before}-")
-        try:
-            with _open(urllib.request.build_opener(redirects), request) as reply:
-                redirects.look(reply.headers)
-                if redirects.sha256 is None:
-                    raise _SourceFailed("the reply names no SHA-256 to verify the file with")
-                if os.path.exists(path):  # not verified before, for want of a hash
-                    if _sha256(path) != redirects.sha256:
-                        raise CLIPError(_DIFFERS.format(path))
-                    return redirects.sha256
-                end = _receive(reply, part, before if reply.status == 206 else 0)
-        except urllib.error.HTTPError as error:
-            redirects.look(error.headers)
-            end = "complete" if error.code == 416 and before else f"HTTP {error.code}"
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            end = _one_line(getattr(error, "reason", error))
-        if end == "complete":
-            if _sha256(part) == redirects.sha256:
-                os.replace(part, path)
-                return redirects.sha256
-            os.remove(part)
-            if fresh:
-                raise _SourceFailed("wrong SHA-256")
-            fresh, end = True, "wrong SHA-256 after resuming, again from the start"
-        elif not os.path.exists(part) or os.path.getsize(part) <= before:
-            raise _SourceFailed(end)  # no progress
-        _say(f"  {end}")
-    raise _SourceFailed("the connection broke off 100 times")
-
-
-def _open(opener, request):
-    """The reply, in 3 * _TIMEOUT seconds however slowly its head comes.  OSError."""
-    result = []
-
-    def work():
-        try:
-            result.append(opener.open(request, timeout=_TIMEOUT))
-        except BaseException as error:  # raised in the thread that waits
-            result.append(error)
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(3 * _TIMEOUT)
-    if not result:
-        raise TimeoutError("no answer in time")
-    if isinstance(result[0], BaseException):
-        raise result[0]
-    return result[0]
-
-
-def _receive(reply, part, before):
-    """Write the reply's body to `part` from byte `before` on; "complete", or what went wrong."""
-    length = reply.length or 0  # 0: not known
-    tty, began = sys.stderr.isatty(), time.monotonic()
-    done, shown, mark = before, began, (began, before)
-    if before + length > _LARGEST:
-        return f"{before + length} bytes cannot be right"
+def _fetch(url, sha256, path):
+    """Download to `path`, unless a file is there; the SHA-256 that it must have."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_TIMEOUT)
     try:
-        file = open(part, "r+b" if before else "wb")
-    except OSError as error:
-        raise CLIPError(f"cannot write {part}: {error.strerror}") from None
-    with file:
-        file.seek(before)
-        while block := reply.read1(1 << 18):
-            if done + len(block) > _LARGEST:
-                raise _SourceFailed("it sends without end")
-            try:
-                file.write(block)
-                file.flush()
-            except OSError as error:
-                raise CLIPError(f"cannot write {part}: {error.strerror}") from None
-            done += len(block)
-            now = time.monotonic()
-            if now - mark[0] > _TIMEOUT:
-                if done - mark[1] < 1000 * _TIMEOUT:
-                    raise _SourceFailed("fewer than 1000 bytes a second")
-                mark = now, done
-            if now - shown > (0.2 if tty else 10):
-                shown = now
-                rate = (done - before) / (now - began) / 1e6
-                _say(f"  {done / 1e6:.1f} of {(before + length) / 1e6:.1f} MB, {rate:.1f} MB/s",
-                     end="\r" if tty else "\n")
-    return "complete" if done - before == length or not length else "the connection broke off"
+        sha256 = sha256 or _sha256_in_reply(url)
+        if not path.exists():
+            torch.hub.download_url_to_file(url, str(path), sha256)  # verifies, then renames
+    finally:
+        socket.setdefaulttimeout(before)
+    return sha256
+
+
+def _sha256_in_reply(url):
+    """The SHA-256 that Hugging Face names in its first reply, a redirect."""
+    opener = urllib.request.OpenerDirector()  # which follows no redirect
+    for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler,
+                    urllib.request.HTTPSHandler):
+        opener.add_handler(handler())
+    with opener.open(urllib.request.Request(url, method="HEAD")) as reply:
+        etag = reply.headers.get("X-Linked-Etag", "").strip('W/"').lower()
+    if not re.fullmatch("[0-9a-f]{64}", etag):
+        raise ValueError(f"its reply (HTTP {reply.status}) names no SHA-256")
+    return etag
+
+
+def _check_sha256(path, sha256):
+    """CLIPError unless the file has this SHA-256: it may be a user's own, so it is left alone."""
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise CLIPError(f"{path} is not the expected file (its SHA-256 differs): move it away to "
+                        "download it again, or pass it with --weights FILE if you trust it")
