@@ -3,9 +3,10 @@
 
     python .ci/bench.py                                     toy size, CPU, under a minute
     python .ci/bench.py --device cuda --arch ViT-B/16 --batch-size 64 --classes 37,100,1000
+    python .ci/bench.py --loader PHOTOS                     the loader against torchvision's
 
 Every row is timed on the script's own train_step, from uint8 pixels in (pinned) memory to the EMA
-update; decoding is left out (`python data.py PATH --speed`). The baseline, `Usual`, is the same
+update; decoding is left out. The baseline, `Usual`, is the same
 training step as it is usually written: texts of 77 tokens, attention as an explicit softmax, no
 checkpointing, a frozen CLIP per model. "of peak": the floating point operations of a step, those
 that are done again for checkpointing among them, per second, divided by the chip's dense bf16 rate.
@@ -17,7 +18,6 @@ import argparse
 import copy
 import json
 import multiprocessing
-import re
 import statistics
 import sys
 import time
@@ -29,6 +29,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms as T
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clip  # noqa: E402
@@ -36,6 +37,7 @@ import coft  # noqa: E402
 import coft_plus  # noqa: E402
 import data  # noqa: E402
 import prompt_align  # noqa: E402
+from clip.clip import MEAN, STD  # noqa: E402
 
 ARCHS = {   # embedding, resolution, layers, width, patch; text: length, words, width, heads, layers
     "toy": (64, 32, 3, 128, 8, 77, 49408, 64, 2, 3),
@@ -123,49 +125,48 @@ def usual(o):
     return step, 2 * o.B
 
 
+def a_job(o, **flags):
+    """What the scripts' training steps need, as data.setup makes it."""
+    dataset = SimpleNamespace(train=range(4 * o.B), class_names=o.names, templates=[TEMPLATE])
+    return SimpleNamespace(
+        args=SimpleNamespace(batch_size=o.B, lr1=2e-3, lam=1.0, fairness_weight=1.0, mu=1.0, seed=0,
+                             teacher="mixed", **flags),
+        device=o.device, clip_model=o.model, dataset=dataset, autocast=o.autocast, scaler=o.scaler,
+        lr2=1e-5, peers=(1, 0), tau=o.model.logit_scale.exp(), ctx=16, lr=2e-3)
+
+
 def two_models(script, phase, o):
-    plus, device = script is coft_plus, o.device
-    extra = (F.normalize(torch.randn(o.C, o.model.visual.output_dim, device=device), dim=1),
-             64) if plus else ()
-    models = nn.ModuleList(script.Model(o.model, o.names, TEMPLATE, "vpt:4", *extra)
-                           for _ in range(2)).to(device)
-    for me in models if phase == 2 else ():
-        me.unfreeze(o.model)
-        if o.compiled:
-            me.visual.compile()
-    teachers = copy.deepcopy(models).requires_grad_(False)
-    optimizers = [torch.optim.AdamW(me.groups(2e-3, 1e-5), weight_decay=0.0, fused=o.fused)
-                  for me in models]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(d, lambda k: 1.0) for d in optimizers]
-    N = 4 * o.B
+    job, plus, N = a_job(o), script is coft_plus, 4 * o.B
+    extra = ()
+    if plus:
+        t0 = torch.randn(o.C, o.model.visual.output_dim, device=o.device)
+        extra = F.normalize(t0, dim=1), True
+    students = nn.ModuleList(script.Student(o.model, o.names, TEMPLATE, "vpt", 4, *extra)
+                             for _ in range(2)).to(o.device)
+    state = script.start_phase(job, phase, students, 1000)
+    for student in students if phase == 2 and o.compiled else ():
+        student.visual.compile()
     tables = (torch.randint(o.C, (2, N)), torch.rand(2, N) > 0.5,
               torch.randn(2, N, o.C).softmax(dim=2))
-    queues = [script.Queue(16 * o.B, 64).to(device) for _ in range(2)] if plus else None
-    more = (1.0, queues) if plus else ()
 
     def step():
-        pair = [(*(o.pixels() for _ in range(1 + plus)), torch.randint(N, (o.B,)))
-                for _ in range(2)]
-        script.train_step(phase, 9, pair, o.model, models, teachers, optimizers, schedules,
-                          o.scaler, tables, (1, 0), 1.0, 1.0, *more, o.autocast)
+        batches = [(*(o.pixels() for _ in range(1 + plus)), torch.randint(N, (o.B,)))
+                   for _ in range(2)]
+        script.train_step(job, state, batches, *tables)
     return step, 2 * o.B
 
 
-def prompts(kept, o):
-    prompt = prompt_align.Prompt(o.model, o.names, TEMPLATE, 16).to(o.device)
-    optimizer = torch.optim.SGD(prompt.parameters(), 2e-3, momentum=0.9, fused=o.fused)
-    schedule, N = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1.0), 4 * o.B
-    sets, unit = torch.rand(N, o.C) > 0.5, partial(F.normalize, dim=-1)
-    D, features = o.model.visual.output_dim, prompt_align.Features(
-        o.model, lambda *_, **__: None, 1, o.B, kept, o.autocast)
-    tables = sets, sets.float().to(o.device), unit(torch.randn(o.C, D, device=o.device))
-    table = unit(torch.randn(1, N, D))
+def prompts(o):
+    """prompt_align.py learns from features that are kept."""
+    job, D = a_job(o), o.model.visual.output_dim
+    job.t_hand = F.normalize(torch.randn(o.C, D, device=o.device), dim=1)           # (C, D)
+    sets = torch.rand(4 * o.B, o.C) > 0.5                                           # (N, C)
+    learner = prompt_align.Learner(job, "cc", True, sets, 1000)
+    f = F.normalize(torch.randn(1, 4 * o.B, D), dim=-1)                             # (1, N, D)
 
     def step():
-        i = torch.randint(N, (o.B,))
-        f = table[:, i] if kept else features.encode([o.pixels()])                  # (1, B, D)
-        prompt_align.train_step("cc", "mixed", 0, 0.5, f, i, o.model, prompt, None, tables,
-                                (optimizer, schedule, o.scaler), o.autocast)
+        i = torch.randint(4 * o.B, (o.B,))
+        prompt_align.train_step(job, learner, 0, 0.5, f[:, i], i)
     return step, o.B
 
 
@@ -173,8 +174,7 @@ ROWS = {"the usual way": usual, "coft.py, phase 1": partial(two_models, coft, 1)
         "coft.py, phase 2": partial(two_models, coft, 2),
         "coft_plus.py, phase 1": partial(two_models, coft_plus, 1),
         "coft_plus.py, phase 2": partial(two_models, coft_plus, 2),
-        "prompt_align.py": partial(prompts, False),
-        "prompt_align.py, features kept": partial(prompts, True)}
+        "prompt_align.py, features kept": prompts}
 
 
 def prepare(args, row, C):
@@ -187,7 +187,9 @@ def prepare(args, row, C):
         model = clip.CLIP(e, r, vl, vw, p, length, words, tw, th, tl).eval().requires_grad_(False)
     if args.compile:
         model.visual.compile()
-    autocast, scaler = data.precision(args.amp, device)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     x = torch.randint(256, (args.batch_size, r, r, 3), dtype=torch.uint8)
     x = x.pin_memory() if device.type == "cuda" else x
     names = [f"{WORDS[k % 32]} {WORDS[k // 32]}" for k in range(C)]
@@ -200,9 +202,7 @@ def prepare(args, row, C):
 def peak(args, row, C, queue):
     """In a process of its own: the peak memory of it and one step, in GB."""
     prepare(args, row, C)[0]()
-    status = Path("/proc/self/status")                  # getrusage's peak begins at the parent's
-    high = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
-    queue.put(round(int(high[1]) / 2**20, 3) if high else data.peak_memory_gb(torch.device("cpu")))
+    queue.put(data.peak_memory_gb())
 
 
 def measure(args, row, C):
@@ -237,7 +237,7 @@ def measure(args, row, C):
     except torch.OutOfMemoryError:
         return {**found, "error": "out of memory"}
     if cuda:
-        found["peak_gb"] = data.peak_memory_gb(torch.device(args.device))
+        found["peak_gb"] = data.peak_memory_gb()
     middle, chip = statistics.median(times), torch.cuda.get_device_name(args.device) if cuda else ""
     rate = next((v for k, v in TFLOPS.items() if k in chip), None)
     tflop = counter.get_total_flops() / 1e12
@@ -246,26 +246,62 @@ def measure(args, row, C):
             "of_peak": rate and tflop / middle / rate}
 
 
+class Decoded(torch.utils.data.Dataset):
+    """As torchvision's ImageFolder: each image decoded anew, with a transform for each view."""
+    def __init__(self, images, views):
+        self.images, self.views = images, views
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        image = self.images.image(i)
+        return tuple(view(image) for view in self.views)
+
+
+def measure_loader(path, size=224, workers=2):
+    """Prints images/s of a weak and a strong view of the training images in `path`, by
+    torchvision's transforms on freshly decoded images and by data.py."""
+    images = data.load(path, "a,b" if not any(Path(path).glob("*/*")) else None).train
+    end = [T.ToTensor(), T.Normalize(MEAN, STD)]
+    usual = [T.Compose([T.RandomResizedCrop(size, area, interpolation=T.InterpolationMode.BICUBIC),
+                        T.RandomHorizontalFlip(), *more, *end])
+             for area, more in (((0.6, 1), []), ((0.4, 1), [T.RandAugment(2, 9)]))]
+    plainly = torch.utils.data.DataLoader(Decoded(images, usual), 64, shuffle=True,
+                                          num_workers=workers, persistent_workers=True)
+    _, weak, strong = views = data.transforms(size)
+    print(data.cache_pixels(SimpleNamespace(train=images, test=images), views, 100))
+    ours = data.DeviceLoader(images.view(weak, strong), 64, shuffle=True, workers=workers)
+    for name, batches in (("torchvision", plainly), ("data.py", ours)):
+        for epoch in (1, 2, 3):
+            start = time.time()
+            for _ in batches:
+                pass
+            print(f"{name:11} epoch {epoch}: {len(images) / (time.time() - start):5.0f} images/s")
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Speed and memory of the training steps.",
-                                     formatter_class=data.Help)
+    parser = argparse.ArgumentParser(description="Speed and memory of the training steps.")
     add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
+    add("--loader", metavar="PATH", help="measure the loader on these images, nothing else")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to measure")
     add("--arch", choices=ARCHS, default="toy", help="shape of the model; its weights are random")
-    add("--batch-size", type=data.above_zero, default=32, help="images per step and model")
+    add("--batch-size", type=int, default=32, help="images per step and model")
     add("--classes", default="300", help="numbers of classes, up to 1024, a table each")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="as in the scripts")
+    add("--amp", choices=["bf16", "fp16", "off"], default="off", help="as in the scripts")
     add("--compile", default=False, help="torch.compile the image towers, not the usual way's",
         **switch)
     add("--rows", metavar="TEXT", default="", help="only those whose name contains it")
-    add("--steps", type=data.natural, default=3, help="that are timed; the median counts")
-    add("--warmup", type=data.natural, default=1, help="steps before")
-    add("--threads", type=data.natural, default=torch.get_num_threads(), help="of the CPU")
+    add("--steps", type=int, default=3, help="that are timed; the median counts")
+    add("--warmup", type=int, default=1, help="steps before")
+    add("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     add("--memory", default=True, help="on a CPU: a process for each row, to see its peak",
         **switch)
     add("--out", metavar="FILE", help="also write the table there, as JSON lines")
     args = parser.parse_args(argv)
-    args.batch_size = int(args.batch_size)
+    if args.loader:
+        measure_loader(args.loader)
+        return
     chip = (torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else
             f"CPU with {args.threads} threads")
     about = dict(torch=torch.__version__, chip=chip, **vars(args))
