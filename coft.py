@@ -30,8 +30,9 @@ Decided here (the paper has it otherwise, or does not say):
   complements that the peer finds likely (paper: no filter, one V-, S* and uniform complements);
 - phase 2 makes labels anew each epoch, label and verdict by the same peer (paper: once, one each);
   t+ and t- are matrices then; EMA copies of the students judge and predict; weak views;
-- AdamW, warm-up, cosine; V- learns ten times as fast as V+, both relative to the size of word
-  vectors (`WORD_STD`); `--lr2` is untested but for tiny.
+- AdamW, warm-up, cosine; weight decay 0.01 for the encoder, none elsewhere; EMA decay 0.99 at most;
+  V- learns ten times as fast as V+, both relative to the size of word vectors (`WORD_STD`); the
+  default of --lr2 depends on D (tiny or not), and is untested but for tiny.
 """
 import argparse
 import copy

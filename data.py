@@ -10,8 +10,7 @@ Layouts, tried in this order (`python data.py PATH` prints which one it took):
 3. torchvision's             a folder that one of its data-set classes reads, see `SETS`; if
                              PATH/oxford_pets is not there, torchvision downloads it beside
 4. `train/` + `test|val/`    each with a folder per class (labelled) or with images (unlabelled)
-5. a folder per class        a fifth of the images is the test set: those whose path has a SHA-256
-                             divisible by 5, so the split is the same for every seed and machine
+5. a folder per class        a fifth of the images, chosen by a hash of the paths, is the test set
 6. images and `--classes`    unlabelled, in sub-folders too: training and test set are the same
 
 Label firewall: `Images.view(...)`, which training reads, holds no labels. `Images.y_true` is for
@@ -27,6 +26,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -64,8 +64,7 @@ class DataError(ValueError):
 # ---- images ----
 
 def decode(path, draft=False):
-    """The image as PIL RGB, EXIF orientation not applied (CLIP's preprocess does not either).
-    draft: a JPEG at 1/8 of its size, only to see that it can be done."""
+    """The image as PIL RGB, not rotated by EXIF, as CLIP's preprocess. draft: a JPEG 8x smaller."""
     with Image.open(path, formats=FORMATS) as image:
         if draft:
             image.draft("RGB", (1, 1))
@@ -212,8 +211,11 @@ def transforms(size, flip=True):
 def normalize(x):
     """uint8 pixels (B, R, R, 3) -> CLIP's floats (B, 3, R, R), bit for bit those of its preprocess;
     channels last in memory, as GPUs like it."""
-    mean, std = (torch.tensor(v).to(x.device, non_blocking=True) for v in (MEAN, STD))  # (3,) each
-    return x.div(255).sub_(mean).div_(std).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(v).repeat(x.shape[2]).to(x.device) for v in (MEAN, STD))  # (3 R,)
+    out, n = torch.empty(x.shape, device=x.device), 1 if x.device.type == "cpu" else len(x)
+    for pixels, floats in zip(x.flatten(2).split(n), out.flatten(2).split(n)):  # (n, R, 3 R)
+        torch.div(pixels, 255, out=floats).sub_(mean).div_(std)     # an image fits a CPU's cache
+    return out.permute(0, 3, 1, 2)
 
 
 class PixelCache:
@@ -237,24 +239,22 @@ class PixelCache:
 
 
 def cache_pixels(dataset, transforms, gb):
-    """Keeps the pixels of each file, decoded once per kind of `prepare`, if `gb` GB are enough for
-    pictures of 3:2. Returns a line that says so."""
+    """Decodes each file once per kind of `prepare`, if `gb` GB suffice (at 3:2); says so."""
     if dataset.train.pictures is not None:
         return "the images are in memory"
     plain, *_, augmented = (t.prepare for t in transforms)
     wanted = {(dataset.train, augmented), (dataset.train, plain), (dataset.test, plain)}
     need = sum(4.5 * prepare.size ** 2 * len(images) for images, prepare in wanted) / 2**30
     if need > gb:
-        return f"images are decoded anew each time: to keep their pixels takes --cache {need:.1f}"
+        return f"images are decoded anew each time: to keep them takes --cache {math.ceil(need)}"
     for images, prepare in wanted:
         images.caches[prepare] = PixelCache(len(images), prepare.size)
     return f"images are decoded once and their pixels kept: about {need:.1f} GB"
 
 
 class EpochSampler(Sampler):
-    """The batches of each epoch, lists of (index, seed), from (seed, epoch) alone, whatever the
-    number of workers. `epoch`: the one to come. Several processes: each takes its shard of every
-    batch if shuffled (training), else its shard of the images (tables)."""
+    """The batches of each epoch, lists of (index, seed), from (seed, epoch) alone. Of several
+    processes each takes its shard of every batch if shuffled, else of the images (for tables)."""
     def __init__(self, n, batch_size, shuffle=False, seed=0, epoch=0, drop_last=False):
         self.n, self.shuffle, self.seed, self.epoch = n, shuffle, seed, epoch
         self.batch_size = batch_size if shuffle else max(1, batch_size // world_size())
@@ -329,8 +329,8 @@ SETS = (
           rename={"BACKGROUND_Google": None, "Faces_easy": None, "Faces": "face",
                   "Leopards": "leopard", "Motorbikes": "motorbike", "airplanes": "airplane"}),
     Known(("oxford_pets", "oxford-iiit-pet"), "a photo of a {}, a type of pet.",
-          "split_zhou_OxfordPets.json", "images", kind="OxfordIIITPet", keeps="_images",
-          parts=({"split": "trainval"}, {"split": "test"}), clean=str.lower),
+          "split_zhou_OxfordPets.json", "images", {"annotations": None}, "OxfordIIITPet",
+          ({"split": "trainval"}, {"split": "test"}), "_images", str.lower),
     Known(("stanford_cars",), split="split_zhou_StanfordCars.json", kind="StanfordCars",
           keeps="_samples", clean=lambda name: " ".join([name.split()[-1], *name.split()[:-1]])),
     Known(("oxford_flowers", "flowers-102"), "a photo of a {}, a type of flower.",
@@ -382,7 +382,7 @@ def read_coop(file, images):
                                 file.parent))
             names |= {label: str(name) for _, label, name in split[part]}
         names = [names[k] for k in range(len(names))]
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, RuntimeError) as e:
         raise DataError(f'{file}: expected {{"train": [[path, label, class name], ...], "test": '
                         f'...}}, labels from 0 without a gap ({reason(e)})') from None
     return f"CoOp's {file.name}, val not used", names, *parts
@@ -436,7 +436,7 @@ def read_torchvision(root, known):
 def hash_split(names, images):
     """A fifth of the images, picked by a hash of the paths, is the test set: always the same."""
     parts = [], []                                      # train, test
-    for i, file in enumerate(images.names):
+    for file, i in sorted((file, i) for i, file in enumerate(images.names)):
         digest = hashlib.sha256(file.encode("utf-8", "surrogateescape")).digest()
         parts[int.from_bytes(digest, "big") % 5 == 0].append(i)
     if not all(parts):
@@ -451,7 +451,9 @@ def read_folders(root, known, classes):
              if (root / base / d).is_dir()]
     if len(parts) > 1 and parts[0].endswith("train"):
         seen, train = class_folders(root, parts[0], known)
-        tested, test = class_folders(root, parts[1], known)
+        tests = {d: class_folders(root, d, known) for d in parts[1:]}
+        parts[1] = next((d for d in tests if tests[d][0]), parts[1])    # rather a labelled one
+        tested, test = tests[parts[1]]
         names = seen or tested or classes
         if not set(tested) <= set(names):
             raise DataError(f"{parts[1]}/ has class folders that {parts[0]}/ lacks: "
@@ -505,8 +507,8 @@ def wordnet_names(folders, root, classes):
 
 def sub_folders(root):
     """Sorted names of the sub-folders, without hidden ones and what macOS puts into archives."""
-    return sorted(e.name for e in os.scandir(root)
-                  if e.is_dir() and not e.name.startswith((".", "__MACOSX")))
+    names = (e.name for e in os.scandir(root) if e.is_dir())
+    return sorted(name for name in names if not name.startswith((".", "__MACOSX")))
 
 
 def list_images(root, base=""):
@@ -565,11 +567,12 @@ def load(path, classes=None, template=None):
             files = [f"{part}/{i:05d}.png" for i in range(len(labels))]
             parts.append(Images(files, labels, pictures=pictures))
     else:
-        root = locate(Path(path).expanduser().absolute())
+        root = locate(Path(path or "(nothing)").expanduser().absolute())
         splits = [file.name for file in root.glob("split_zhou_*.json")]
         known = next((k for k in SETS if k.split in splits), by_name(root.name))
         if splits:
-            text, names, *parts = read_coop(root / splits[0], known.images)
+            file = known.split if known.split in splits else sorted(splits)[0]
+            text, names, *parts = read_coop(root / file, known.images)
         elif (root / "images_variant_train.txt").is_file():
             text, names, *parts = read_aircraft(root)
         elif known.kind and known.parts and root.name == known.folders[-1]:
@@ -579,16 +582,17 @@ def load(path, classes=None, template=None):
         if not all(parts):                              # without images
             raise DataError(f"{path}: no images ({', '.join(EXTENSIONS)}). {EXPECTED}")
         if not (names or classes):
-            raise DataError(f"{path}: the names of the classes are not known, give --classes"
-                            + (f", or {known.split}" if known.split else ""))
+            raise DataError(f"{path}: no names of classes: give --classes, or class folders")
         names = wordnet_names(names or classes, root, classes)
     names = check_classes(names, classes)
-    train = readable(parts[0])
-    test = train if parts[1] is parts[0] else readable(parts[1])
-    if template not in (None, "ensemble") and (template.count("{}"), template.count("{")) != (1, 1):
+    train, test = parts
+    if train.pictures is None and len(train) + len(test) <= MOST_OPENED:
+        train = readable(train)
+        test = train if parts[1] is parts[0] else readable(test)
+    own = known.template if template in (None, "ensemble") else template
+    if own.count("{}") != 1 or re.search("[{}]", own.replace("{}", "")):
         raise DataError(f"--template {template!r}: expected `ensemble` or a text with one {{}}")
-    templates = ([known.template, *ENSEMBLE] if template == "ensemble" else
-                 [template or known.template])
+    templates = [own, *(ENSEMBLE if template == "ensemble" else ())]
     return Data(train, test, names, templates, f"{known.folders[0] or path}: {text}; "
                 f"{len(names)} classes, {len(train)} training and {len(test)} test images, "
                 f'"{templates[0]}"', known.folders[0])
@@ -604,15 +608,14 @@ def locate(root):
     home = root.parent / known.folders[-1]
     if not home.is_dir():
         print(f"downloading {known.kind} with torchvision into {home}", flush=True)
-        torchvision_set(known, root.parent, download=True)
+        with tempfile.TemporaryDirectory(dir=root.parent) as folder:    # until it is complete
+            torchvision_set(known, folder, download=True)
+            os.rename(f"{folder}/{known.folders[-1]}", home)
     return home
 
 
 def readable(images):
-    """The images that can be decoded; a warning names the others. With more than MOST_OPENED files
-    none is opened here."""
-    if images.pictures is not None or len(images) > MOST_OPENED:
-        return images
+    """The images that can be decoded; a warning names the others."""
 
     def problem(file):
         try:
@@ -644,10 +647,10 @@ def listed_classes(classes):
 
 def check_classes(names, wanted=None):
     """Class names as they go into the prompt: spaces for underscores, `wanted`'s spelling if given.
-    DataError unless there are any, all different, and the same as `wanted` in its order."""
+    DataError unless they are all different, and the same as `wanted`."""
     names = [" ".join(c.replace("_", " ").split()) for c in names]
     plain, asked = ([plain_name(c) or c for c in some] for some in (names, wanted or names))
-    if len(set(plain)) < len(names) < 1000 or not names:        # ImageNet has two `missile`
+    if len(set(map(str.casefold, names))) < len(names) < 1000 or not names:     # two `missile`
         raise DataError(f"class names must be given, all different, got {', '.join(names[:20])}")
     if plain != asked:
         raise DataError(f"--classes must name the data's own {len(names)} classes in their order: "
@@ -675,8 +678,8 @@ def add_common(parser, script, batch_size, what="images per step, of all process
     add("--batch-size", type=int, default=batch_size, help=f"{what} (%(default)s)")
     add("--workers", type=int, help="loader processes; default: up to 4, 0 for images in memory")
     add("--cache", type=float, default=4, metavar="GB", help="memory for pixels (%(default)s)")
-    add("--flip", help="mirror half of the augmented images; default: if mirrored images keep "
-        "their zero-shot label", **switch)
+    add("--flip", help="mirror half of the augmented images; default: if that moves their "
+        "zero-shot posteriors less than cropping does", **switch)
     add("--max-steps", type=int, help="stop (each phase) there, to try things out")
     add("--resume", default=False, help="continue the run in --out", **switch)
 
@@ -729,8 +732,7 @@ def pick_device(name=None):
 
 
 def report_zero_shot(job, accuracy):
-    """Prints the zero-shot accuracy (percent, or None). Warns of a known data set far below what
-    CLIP reaches: 5 times chance, 35 % at most (RN50 has 38 % on EuroSAT)."""
+    """Prints it (percent or None); warns below 5 times chance (RN50 has 38 % on EuroSAT's ten)."""
     job.run.say("no test labels" if accuracy is None else f"zero-shot accuracy {accuracy:.2f} %")
     known, C = job.dataset.name and accuracy is not None, len(job.dataset.class_names)
     if known and accuracy < min(500 / C, 35):
@@ -739,19 +741,19 @@ def report_zero_shot(job, accuracy):
 
 
 def augmented_views(job, posterior):
-    """(weak, strong) transforms. Without --flip and --no-flip they mirror images if mirrored ones
-    keep their zero-shot label about as often as weakly cropped ones do (a mirrored 3 is not a 3).
-    posterior(view of n images) -> (n, C)."""
+    """(weak, strong) transforms. Without --flip and --no-flip they mirror images if mirroring moves
+    the zero-shot posteriors less than weak cropping does (a mirrored 3 is not a 3). Mean KL: 0.1
+    times on drawn shapes, 3 times on digits and letters. posterior(view of n images) -> (n, C)."""
     size, flip, images = job.clip_model.visual.input_resolution, job.args.flip, job.dataset.train
     if flip is None:
         images = images.subset(torch.linspace(0, len(images) - 1, min(1000, len(images))).long())
         plain, weak, _ = transforms(size, flip=False)
-        y, y_mirrored, y_cropped = (posterior(images.view(t)).argmax(dim=1)     # (n,) each
-                                    for t in (plain, Plain(plain.prepare, mirror=True), weak))
-        kept, usual = (float((y == other).float().mean()) for other in (y_mirrored, y_cropped))
-        flip = kept > usual - 0.1
-        job.run.say(f"views are {'' if flip else 'not '}mirrored: {100 * kept:.0f} % of mirrored "
-                    f"images keep their zero-shot label, {100 * usual:.0f} % of cropped ones")
+        p, *others = (posterior(images.view(t)).clamp(min=1e-8)                 # (n, C) each
+                      for t in (plain, Plain(plain.prepare, mirror=True), weak))
+        mirrored, cropped = (float((p * (p / q).log()).sum(dim=1).mean()) for q in others)
+        flip = mirrored < cropped
+        job.run.say(f"views are {'' if flip else 'not '}mirrored: mirroring moves the zero-shot "
+                    f"posteriors by {mirrored:.3f}, cropping by {cropped:.3f} (KL)")
     return transforms(size, flip)[1:]
 
 
@@ -788,8 +790,8 @@ def all_reduce_sum(table):
 
 
 class Gather(torch.autograd.Function):
-    """All processes' rows. They then compute the same loss, so the sum of their gradients is
-    world_size times the own one, and DistributedDataParallel's mean that of one process."""
+    """All processes' rows. As all compute the same loss, the sum of their gradients is world_size
+    times the own one, and DistributedDataParallel's mean that of one process."""
     @staticmethod
     def forward(ctx, x):
         parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -817,8 +819,7 @@ def distributed(module):
 # ---- shared by the scripts: the run folder ----
 
 def command_line(adapt, args):
-    """Runs a script. Returns the exit status: 0, 2 for a mistake of the user's, 130 if stopped by
-    Ctrl-C or SIGTERM; the last finished epoch stays in last.pt."""
+    """Runs a script. Returns 0, 2 for a user's mistake, 130 if stopped by Ctrl-C or SIGTERM."""
     status, n = 2, int(os.environ.get("WORLD_SIZE", 1))
     try:
         for flag, value in vars(args).items():
@@ -903,8 +904,7 @@ class Run:
             file.writelines(json.dumps(line) + "\n" for line in self.lines)
 
     def steps(self, batches, images, where, left):
-        """At most `left` steps, each on a batch of so many images. The caller appends to `rows` a
-        dict of numbers or 0-dim tensors for each step. where: "epoch 2/6", for the screen."""
+        """At most `left` steps of so many images. The caller appends a dict for each to `rows`."""
         self.rows, self.where, self.mark = [], where, time.time()
         for batch in itertools.islice(batches, left):
             yield batch
@@ -996,5 +996,5 @@ def pseudo_label_sheet(path, images, class_names, p, p_clean):
 if __name__ == "__main__":
     try:
         print(load(*sys.argv[1:]).description)          # PATH [CLASSES]
-    except DataError as e:
+    except (DataError, OSError) as e:
         sys.exit(f"error: {e}")

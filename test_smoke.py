@@ -630,6 +630,7 @@ def test_imagenet(tmp_path, images):
 
 def test_wordnet_ids(tmp_path):
     class_folders(tmp_path, 2, ["n01443537", "n01629819"])
+    written(tmp_path / "classnames.txt", ["n01443537 goldfish"])        # not all
     assert "n01443537, ...): put CoOp's classnames.txt" in refuses(tmp_path)
     assert data.load(tmp_path, "fish,frog").class_names == ["fish", "frog"]
     written(tmp_path / "classnames.txt", ["n01440764 tench", "n01629819 newt", "n01443537 cod"])
@@ -868,8 +869,7 @@ def test_cached_pixels(tmp_path, monkeypatch, workers):
     if workers and multiprocessing.get_start_method() != "fork":
         pytest.skip("only forked processes share the cache")
     root, log, decode = tmp_path / "set", tmp_path / "log", data.decode
-    for k, size in enumerate([(300, 100), (300, 200), (20, 15), (200, 3), (3, 200), (40, 64),
-                              (37, 37), (1, 1)]):       # the first is too wide to be kept
+    for k, size in enumerate([(300, 100), (300, 200), (20, 15), (200, 3), (40, 64), (1, 1)]):
         picture(root / "train" / f"{k}.jpg", k, size)
         picture(root / "test" / "ab"[k % 2] / f"{k}.jpg", k + 5, size)
 
@@ -888,7 +888,7 @@ def test_cached_pixels(tmp_path, monkeypatch, workers):
             results[-1] += epochs(images.view(plain), workers=workers)
         for path in root.glob("**/*.jpg"):              # two epochs of one or two kinds
             kinds = 1 + ("train" in path.parts)
-            again = kinds - 1 if path.name == "0.jpg" else 0
+            again = kinds - 1 if path.name == "0.jpg" else 0    # too wide to be kept
             decoded = log.read_text().splitlines().count(str(path))
             assert decoded == (kinds + again if gb else 2 * kinds)
     assert same(*results) and pickle.loads(pickle.dumps(d.train)).caches == {}      # if spawned
@@ -896,10 +896,10 @@ def test_cached_pixels(tmp_path, monkeypatch, workers):
 
 def test_predictions_and_replacing(tmp_path):
     p, path = torch.tensor([[0.25, 0.75], [0.9, 0.1]]), tmp_path / "p.csv"
-    data.write_predictions(path, ["a,1.jpg", "é.jpg"], ["cat", "dog"], p, 1 - p)
+    data.write_predictions(path, ["a,1.jpg", "é\udce9.jpg"], ["cat", "dog"], p, 1 - p)
     before = path.read_text(encoding="utf-8")
     assert before.splitlines() == ["path,class,confidence,p_clean", '"a,1.jpg",dog,0.7500,0.2500',
-                                   "é.jpg,cat,0.9000,0.1000"]
+                                   "é\\udce9.jpg,cat,0.9000,0.1000"]
     for error, raised in ((KeyError("x"), KeyError), (RuntimeError("full"), data.DataError)):
         with pytest.raises(raised), data.replacing(path, "w") as file:
             file.write("half")
@@ -924,7 +924,7 @@ def test_command(tmp_path, monkeypatch):
     assert out == ("b: unlabelled, train = test; 2 classes, 2 training and 2 test images, "
                    '"a photo of a {}."\n')
     monkeypatch.setattr(sys, "argv", ["data.py", "b"])
-    with pytest.raises(SystemExit, match="^error: b: the names of the classes are not known, give"):
+    with pytest.raises(SystemExit, match="^error: b: no names of classes: give --classes"):
         runpy.run_path(data.__file__, run_name="__main__")
 
 
@@ -1315,18 +1315,17 @@ def test_user_errors(drawn, little, tmp_path, capsys, monkeypatch):
 
 
 def test_mirrored_or_not(little, tmp_path, capsys):
-    """Without --flip and --no-flip the zero-shot labels of mirrored images decide."""
+    """Without --flip and --no-flip the zero-shot posteriors of mirrored images decide."""
     assert coft.main(["--device", "cpu", "--max-steps", "1", "--out", str(tmp_path / "run")]) == 0
     assert "views are mirrored: " in capsys.readouterr().out
-    size = SimpleNamespace(visual=SimpleNamespace(input_resolution=32))
-    for kept, flip in ((0.2, False), (0.95, True)):     # of mirrored images; all of cropped ones
+    model = SimpleNamespace(visual=SimpleNamespace(input_resolution=32))
+    for p_mirrored, flip in ((0.2, False), (0.65, True)):
 
-        def posterior(view):
-            p = torch.eye(2)[torch.zeros(len(view), dtype=torch.long)]              # (n, 2)
-            if getattr(view.transforms[0], "mirror", False):
-                p[round(kept * len(p)):] = torch.eye(2)[1]
-            return p
-        job = SimpleNamespace(clip_model=size, args=SimpleNamespace(flip=None),
+        def posterior(view):                            # of class 0: plain 0.7, cropped 0.6
+            plain, = view.transforms
+            p = 0.6 if isinstance(plain, data.Augment) else p_mirrored if plain.mirror else 0.7
+            return torch.tensor([[p, 1 - p]]).repeat(len(view), 1)              # (n, 2)
+        job = SimpleNamespace(clip_model=model, args=SimpleNamespace(flip=None),
                               dataset=data.load("demo"), run=SimpleNamespace(say=print))
         assert [view.flip for view in data.augmented_views(job, posterior)] == [flip] * 2
         job.args.flip = not flip                        # the flags win
