@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")   # before torch is imported: README, "Speed"
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")   # before torch is imported: README, "Speed"
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

@@ -39,7 +39,7 @@ import os
 import sys
 from functools import partial
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")   # before torch is imported: README, "Speed"
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")   # before torch is imported: README, "Speed"
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
