@@ -210,7 +210,7 @@ def transforms(size, flip=True):
 
 
 def normalize(x):
-    """uint8 (B, R, R, 3) -> CLIP's floats (B, 3, R, R), channels last; bit for bit its preprocess."""
+    """uint8 (B, R, R, 3) -> CLIP's floats (B, 3, R, R), channels last, the same bits."""
     mean, std = (torch.tensor(v).repeat(x.shape[2]).to(x.device) for v in (MEAN, STD))  # (3 R,)
     out = torch.empty(x.shape, device=x.device)
     few = 2**15 // len(mean) if x.device.type == "cpu" else x.numel()       # stay in a core's cache

@@ -287,7 +287,6 @@ def train_step(job, learner, epoch, progress, f, i):
         w = balance(pll, align)
         loss = u * pll + (1 - u) * w * align
         shown |= {"align": align.detach(), "w": w, "alpha": alpha, "u": u}
-
     learner.optimizer.zero_grad()
     scaler.scale(loss + extra).backward()
     scaler.step(learner.optimizer)                      # left out if fp16 overflowed,
