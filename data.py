@@ -692,8 +692,7 @@ def setup(args):
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     dataset = broadcast_from_rank0(load, args.data, args.classes, args.template)
-    arch = args.arch or ("tiny" if dataset.name == "demo" else "ViT-B/16")
-    weights = args.weights or arch
+    weights = args.weights or args.arch or ("tiny" if dataset.name == "demo" else "ViT-B/16")
     if world_size() > 1:
         broadcast_from_rank0(lambda: bool(clip.load(weights)))  # perhaps downloads it, for all
     clip_model, _ = clip.load(weights, device=device)
@@ -823,7 +822,8 @@ def command_line(adapt, args):
     status, n = 2, int(os.environ.get("WORLD_SIZE", 1))
     try:
         for flag, value in vars(args).items():
-            if isinstance(value, (int, float)) and not value >= (flag in ("batch_size", "rounds")):
+            least = flag in ("batch_size", "rounds", "passes", "peft_size")     # 1; else 0
+            if isinstance(value, (int, float)) and not value >= least:
                 raise DataError(f"--{flag.replace('_', '-')} {value} is too small")
         if n == 1:                                      # torchrun's processes just end
             signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -943,9 +943,9 @@ def peak_memory_gb():
     """Peak memory in GB: of the GPU if there is one, else of this process (on Linux)."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
-    status = Path("/proc/self/status")
-    kib = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
-    return kib and round(int(kib[1]) / 2**20, 3)
+    if os.path.exists("/proc/self/status"):
+        kib = re.search(r"VmHWM:\s+(\d+)", read_text("/proc/self/status"))[1]
+        return round(int(kib) / 2**20, 3)
 
 
 @contextmanager
