@@ -2,19 +2,21 @@
 
 CLIP's own guesses are the labels, and many are wrong. Two students learn, besides the usual prompt
 of each class ("positive"), a second prompt ("negative") that says when the first one should not be
-believed; each student learns only from labels that the other one calls clean. First light modules
-are trained (phase 1: prompts and visual tokens), then the whole image encoder (phase 2).
+believed. Phase 1 trains light modules (prompts and visual tokens) on the most confident guesses;
+in phase 2 each student labels all images, the other one throws out labels that it takes for wrong,
+and a whole image encoder learns from the rest. `--recipe paper` is this, as published:
 
     p0 = zero_shot(clip_model)                                                          Eq. 1
-    y, confident = pseudo_labels(distribution_alignment(p0), rho)                       Eq. 1
-    phase 1, for student, peer in ((0, 1), (1, 0)):
+    y, S* = pseudo_labels(p0, K)            the K most confident images of each class   Eq. 1
+    phase 1, both students, from different random numbers, on batches of S*:
         f, t_pos, t_neg = student(x)            image features, two texts per class     Eq. 2, 3
-        clean = confident & (the peer's p_clean of y > 1/2)                             Eq. 5
-        loss = loss_cls(f.t_pos, y, clean) + lam loss_neg(f.t_pos, f.t_neg, ...)        Eq. 4, 6
-    phase 2, likewise, now the image encoder learns:
-        y, clean = the peer's label now, its p_clean > 1/2, for every image
-        loss = loss_cls(f.t_pos, y, clean); t_neg learns on, only to judge              Eq. 7
-    prediction = mean of the two students' softmax
+        loss = loss_cls(f.t_pos, y) + lam loss_neg(f.t_pos, f.t_neg, y, another class)  Eq. 4-6
+    phase 2, for student, peer in ((0, 1), (1, 0)), on batches of its clean images:     3.2.2
+        y = the student's label; clean = the peer's p_clean of y > 1/2, for every image Eq. 5
+        loss = loss_cls(W f + b, y), a fresh encoder and W, b learn                     Eq. 7
+    prediction = mean of the two students' softmax                                      our choice
+
+`--recipe ours`, the default, adds what the table ADDITIONS lists; each place is marked (A1) ...
 
 Equation numbers are the paper's. B batch, C classes, D embedding, L context tokens, N images,
 P visual tokens, T tokens of a text, W width; tau = exp(logit_scale); f and t are unit vectors.
@@ -23,16 +25,11 @@ Run:  python coft.py                                    the demo, offline, about
       python coft.py --data ./oxford_pets               real data with OpenAI's CLIP: not measured
       python coft.py --data ./photos --classes cat,dog  a folder of unlabelled photos
 
-Decided here (the paper has it otherwise, or does not say):
-- labels come from posteriors divided by their own class marginal (`distribution_alignment`), and a
-  `fairness` term spreads each batch over the classes: else a few classes swallow the others;
-- phase 1 filters; V- has a context per class; L_neg sees all images with the peer's labels, and
-  complements that the peer finds likely (paper: no filter, one V-, S* and uniform complements);
-- phase 2 makes labels anew each epoch, label and verdict by the same peer (paper: once, one each);
-  t+ and t- are matrices then; EMA copies of the students judge and predict; weak views;
-- AdamW, warm-up, cosine; weight decay 0.01 for the encoder, none elsewhere; EMA decay 0.99 at most;
-  V- learns ten times as fast as V+, both relative to the size of word vectors (`WORD_STD`); the
-  default of --lr2 depends on D (tiny or not), and is untested but for tiny.
+The paper does not say, so decided here: the table SETTINGS (OpenAI's models: arXiv 2602.04340, by
+the same authors, and DeFT's code; tiny: chosen on `narrow`); an epoch is N / B steps, however small
+the set it draws from; a class that is nobody's guess takes its K likeliest images; W starts at
+tau t0, b at 0 (DeFT's head); warm-up, cosine, weight decay 5e-4 (A11: 0.01 for the encoder, none
+elsewhere); weak views; EMA decay 0.99 at most; V- learns ten times as fast as V+ in A11.
 """
 import argparse
 import copy
@@ -50,31 +47,52 @@ import torch.nn.functional as F
 import clip
 import data
 
+# What `--recipe ours` adds to the paper or does otherwise, and where. `ours-ema` leaves one out,
+# `paper+balance+fresh` adds two.
+ADDITIONS = {
+    "balance":    "A1  labels from posteriors divided by their class marginal: guess, train_phase",
+    "fairness":   "A2  a term that spreads each batch over the classes: total_loss",
+    "filter1":    "A3  phase 1 learns only from what the peer calls clean: select_clean",
+    "per_class":  "A4  a context per class in V-, not a shared one: Student",
+    "all_images": "A5  L_neg sees all images with the peer's labels, t+ a constant: train_step",
+    "likely":     "A6  complementary labels that the peer finds likely, not uniform: train_step",
+    "fresh":      "A7  phase 2 makes labels and verdicts anew each epoch, not once: train_phase",
+    "one_judge":  "A8  phase 2 takes label and verdict from the same peer: select_clean",
+    "go_on":      "A9  phase 2 keeps the visual prompts; t+ and t- learn on as matrices: Student",
+    "ema":        "A10 moving averages of phase 2's students label, judge, predict: train_step",
+    "adam":       "A11 AdamW, rates relative to the size of words, not SGD: param_groups",
+}
+SETTINGS = {    # where no flag says otherwise: (tiny CLIPs, D < 512; OpenAI's models)
+    "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lr1": (0.03, 0.03),
+              "lr2": (0.01, 5e-4), "epochs1": (6, 10), "epochs2": (4, 10)},
+    "ours": {"k": (0.3, 0.3), "ctx": (0, 0), "peft_size": (4, 20), "lr1": (2e-3, 2e-3),
+             "lr2": (3e-4, 1e-5), "epochs1": (6, 6), "epochs2": (4, 4)}}
+
 # ======== equations ========
 
 
+def logits(f, t, tau):
+    """l_k = tau f(x).t_k: l+ for t+, l- for t-. f (B, D), t (C, D) -> (B, C)."""
+    return tau * f @ t.T
+
+
 def posterior(f, t, tau):
-    """Eq. (1): p_k(x) = softmax_k(tau f(x).t_k). f (B, D), t (C, D) unit vectors -> (B, C)."""
-    return (tau * f @ t.T).softmax(dim=1)
+    """Eq. (1): p_k(x) = softmax_k(l_k). f (B, D), t (C, D) -> (B, C)."""
+    return logits(f, t, tau).softmax(dim=1)
 
 
-def pseudo_labels(p0, rho):
-    """Eq. (1), S*: y = argmax_k p0_k; confident: per class the K = ceil(rho N / C) images with the
-    largest p0_y. A class that is nobody's argmax takes the K largest of its column. p0 (N, C) ->
-    y (N,), confident (N,) bool."""
+def pseudo_labels(p0, K):
+    """Eq. (1), S*: y = argmax_k p0_k; confident: per class the K images with the largest p0_y. A
+    class that is nobody's argmax takes the K largest of its column. p0 (N, C) -> y (N,),
+    confident (N,) bool."""
     (N, C), y = p0.shape, p0.argmax(dim=1)
-    K, confident = math.ceil(rho * N / C), torch.zeros(N, dtype=torch.bool)
+    K, confident = min(K, N), torch.zeros(N, dtype=torch.bool)
     for k in set(range(C)) - set(y.tolist()):
         y[p0[:, k].topk(K).indices] = k
     for k in range(C):
         top = p0[:, k].masked_fill(y != k, -1).topk(min(K, int((y == k).sum()))).indices
         confident[top] = True
     return y, confident
-
-
-def logits(f, t_pos, t_neg, tau):
-    """l+_k = tau f(x).t+_k, l-_k = tau f(x).t-_k. f (B, D), t (C, D) -> 2 x (B, C)."""
-    return tau * f @ t_pos.T, tau * f @ t_neg.T
 
 
 def loss_cls(l_pos, y, clean):
@@ -96,20 +114,20 @@ def loss_neg(l_pos, l_neg, y, y_bar):
 
 
 def complementary_labels(p, y):
-    """ybar of Eq. (6): a class other than y, drawn from p without y: a likely mistake (y itself if
-    there is no other). p (B, C), y (B,) -> (B,)."""
+    """ybar of Eq. (6): a class other than y, drawn from p without y (y itself if there are no
+    others): uniform p as published, or (A6) a posterior. p (B, C), y (B,) -> (B,)."""
     others = (p + 1e-6).scatter(1, y[:, None], 0.0 if p.shape[1] > 1 else 1.0)  # (B, C)
     return torch.multinomial(others, 1)[:, 0]
 
 
-def distribution_alignment(p, strength=1.0):
-    """p_k / (mean over all images of p_k)^strength, then normalised. p (N, C) -> (N, C)."""
-    p = p / p.mean(dim=0, keepdim=True).clamp(min=0.01 / p.shape[1]) ** strength
+def distribution_alignment(p):
+    """(A1) p_k / (mean over all images of p_k), then normalised. p (N, C) -> (N, C)."""
+    p = p / p.mean(dim=0, keepdim=True).clamp(min=0.01 / p.shape[1])
     return p / p.sum(dim=1, keepdim=True)
 
 
 def fairness(l):
-    """-mean_k log(mean over the batch of softmax(l)_k). l (B, C)."""
+    """(A2) -mean_k log(mean over the batch of softmax(l)_k); wants B > C. l (B, C)."""
     return -l.softmax(dim=1).mean(dim=0).clamp(min=1e-6).log().mean()
 
 
@@ -122,23 +140,25 @@ WORD_STD = 0.06     # of tiny's word vectors, for which lr1 and the noise were c
 class Prompt(nn.Module):
     """Eq. (2), (3): L learnable context vectors before each class name: [V_1] ... [V_L] cat.
 
-    They are shared by all classes or, if class_specific, one set per class. They start from the
-    words before the class name in the template ("a photo of a" if there are none) and a little
-    noise: at CLIP's zero-shot classifier."""
-    def __init__(self, clip_model, class_names, template, class_specific):
+    They are shared by all classes or, if class_specific, one set per class. They start from random
+    words, as large as CLIP's; for L = 0 from those before the class name in the template ("a photo
+    of a" if there are none) and a little noise: at CLIP's zero-shot classifier."""
+    def __init__(self, clip_model, class_names, template, L, class_specific):
         super().__init__()
-        words = template.split("{}")[0].strip() or "a photo of a"
+        words = " ".join(["x"] * L) or template.split("{}")[0].strip() or "a photo of a"
         rest = template.split("{}", 1)[1]
-        L = int((clip.tokenize(words)[0] > 0).sum()) - 2                # without <sot> and <eot>
+        n = int((clip.tokenize(words)[0] > 0).sum()) - 2                # without <sot> and <eot>
         tokens = clip.tokenize([f"{words} {c}{rest}" for c in class_names], truncate=True)
-        tokens = tokens.to(clip_model.token_embedding.weight.device)
-        with torch.no_grad():                                           # T: the longest prompt
-            emb = clip_model.token_embedding(tokens[:, :tokens.argmax(dim=1).max() + 1])
-        start = emb[:len(emb) if class_specific else 1, 1:1 + L]        # (C or 1, L, W)
+        known = clip_model.token_embedding.weight.detach()              # (vocabulary, W)
+        tokens = tokens[:, :tokens.argmax(dim=1).max() + 1].to(known.device)    # (C, T), T: longest
+        emb = known[tokens]                                             # (C, T, W)
+        start = emb[:len(emb) if class_specific else 1, 1:1 + n]        # (C or 1, L, W)
         noise = 0.01 * min(1.0, float(start.std()) / WORD_STD)
+        if L:
+            start, noise = 0 * start, known[known.any(dim=1)].std()     # tiny lacks most words
         self.ctx = nn.Parameter(start + noise * torch.randn_like(start))
         self.register_buffer("token_prefix", emb[:, :1], persistent=False)      # (C, 1, W) <sot>
-        self.register_buffer("token_suffix", emb[:, 1 + L:], persistent=False)  # (C, T - L - 1, W)
+        self.register_buffer("token_suffix", emb[:, 1 + n:], persistent=False)  # (C, T - L - 1, W)
         self.register_buffer("eot", tokens.argmax(dim=1), persistent=False)     # (C,)
 
     def forward(self, clip_model):
@@ -163,31 +183,33 @@ class Adapter(nn.Module):
 
 
 class Student(nn.Module):
-    """One of the two models: V+, V-, the light visual modules and, in phase 2, an image encoder and
-    two classifiers (2, C, D) of its own. CLIP itself is frozen and shared."""
-    def __init__(self, clip_model, class_names, template, peft, size):
+    """One of the two models of phase 1: V+, V- and the light visual modules. (A9) It goes on in
+    phase 2 with an image encoder and two classifiers (2, C, D) of its own. CLIP itself is frozen
+    and shared. args: peft, peft_size, ctx."""
+    def __init__(self, clip_model, class_names, template, args, added):
         super().__init__()
-        self.pos = Prompt(clip_model, class_names, template, class_specific=False)
-        self.neg = Prompt(clip_model, class_names, template, class_specific=True)
+        self.pos = Prompt(clip_model, class_names, template, args.ctx, class_specific=False)
+        self.neg = Prompt(clip_model, class_names, template, args.ctx, "per_class" in added)  # (A4)
         self.prompts = self.adapters = None             # one of them, see clip/model.py
         self.visual = self.classifier = None            # of phase 2
-        if peft == "vpt":                                               # VPT-deep, arXiv 2203.12119
+        if args.peft == "vpt":                                          # VPT-deep, arXiv 2203.12119
             blocks = clip_model.visual.transformer
-            self.prompts = nn.Parameter(0.02 * torch.randn(blocks.layers, size, blocks.width))
+            self.prompts = nn.Parameter(0.02 * torch.randn(blocks.layers, args.peft_size,
+                                                           blocks.width))
         else:
             widths = clip_model.visual.adapter_widths
-            self.adapters = nn.ModuleList(Adapter(width, size) for width in widths)
+            self.adapters = nn.ModuleList(Adapter(width, args.peft_size) for width in widths)
 
-    def start_phase2(self, clip_model):
-        """Own copy of the image encoder; the classifiers start at t+ and t-."""
+    def continue_in_phase2(self, clip_model):
+        """(A9) Own copy of the image encoder; the classifier, (2, C, D), starts at t+ and t-."""
         self.classifier = nn.Parameter(torch.stack(self.texts(clip_model)).detach())    # (2, C, D)
         self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
         self.pos.requires_grad_(False)
         self.neg.requires_grad_(False)
 
     def texts(self, clip_model):
-        """t+ and t-, unit rows (C, D): the prompts' in phase 1, then matrices that started there,
-        so that phase 2 does not run the text tower."""
+        """t+ and t-, unit rows (C, D): the prompts' in phase 1; (A9) then matrices that started
+        there, so that phase 2 does not run the text tower."""
         if self.classifier is None:
             return self.pos(clip_model), self.neg(clip_model)
         return F.normalize(self.classifier, dim=-1).unbind()
@@ -203,7 +225,7 @@ class Student(nn.Module):
         return self.features(clip_model, x), t_pos.float(), t_neg.float()
 
     def param_groups(self, lr1, lr2):
-        """What learns, and how fast."""
+        """(A11) What learns, and how fast."""
         light = [self.prompts] if self.adapters is None else list(self.adapters.parameters())
         if self.visual is None:
             word = lr1 * float(self.pos.ctx.detach().std()) / WORD_STD
@@ -213,48 +235,98 @@ class Student(nn.Module):
                 {"params": self.visual.parameters(), "lr": lr2, "weight_decay": 0.01}]
 
 
+class FullModel(nn.Module):
+    """Section 3.2.2, Eq. (7): one of the two models of phase 2, a fresh image encoder and an FC
+    layer W f + b that starts at the zero-shot texts t0 (C, D). Its student of phase 1, frozen,
+    goes on judging."""
+    def __init__(self, clip_model, t0, student):
+        super().__init__()
+        self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
+        self.fc = nn.Parameter(F.pad(clip_model.logit_scale.exp() * t0, (0, 1)))    # [W, b]
+        self.judge = student.requires_grad_(False)
+
+    def texts(self, clip_model):
+        """[W, b] / tau (C, D + 1): with `features` l+ = W f + b. It has no t-."""
+        return self.fc / clip_model.logit_scale.exp(), None
+
+    def features(self, clip_model, x):
+        """Images (B, 3, R, R) -> [f, 1] (B, D + 1), f a unit vector."""
+        return F.pad(F.normalize(self.visual(x).float(), dim=-1), (0, 1), value=1.0)
+
+    def forward(self, clip_model, x):
+        """Images (B, 3, R, R) -> [f, 1] (B, D + 1), [W, b] / tau (C, D + 1), None; fp32."""
+        return self.features(clip_model, x), *self.texts(clip_model)
+
+    def param_groups(self, lr1, lr2):
+        """(A11) What learns, and how fast."""
+        return [{"params": [self.fc], "lr": lr1},
+                {"params": self.visual.parameters(), "lr": lr2, "weight_decay": 0.01}]
+
+
 # ======== training ========
 
 
-def select_clean(phase, p, p_clean, labels, peers):
-    """What each student is taught next: labels y (2, N); clean (2, N) bool, the peer's p_clean_y >
-    1/2. Phase 1: `labels`, the zero-shot y (N,) and which are confident (N,). Phase 2: the peer's
-    labels of now, so images come in as they become clean. p, p_clean (2, N, C); p is aligned."""
-    y0, confident = labels
-    ys, cleans = [], []
-    for peer in peers:
-        y = y0 if phase == 1 else p[peer].argmax(dim=1)                         # (N,)
-        clean = p_clean[peer].gather(1, y[:, None])[:, 0] > 0.5                 # (N,)
-        ys.append(y)
-        cleans.append(clean & confident if phase == 1 else clean)
-    return torch.stack(ys), torch.stack(cleans)
+def guess(p, added):
+    """The posteriors that labels are taken from: p (2, N, C) as it is; (A1) balanced."""
+    return torch.stack([distribution_alignment(q) for q in p]) if "balance" in added else p
 
 
-def total_loss(phase, f, t_pos, t_neg, tau, target, lam, fairness_weight):
-    """Phase 1: Eq. (4) + lam Eq. (6); phase 2: Eq. (7) and the loss of t-; both + fairness.
+def select_clean(phase, p, p_clean, labels, peers, added):
+    """What each student is taught next: labels y (2, N) and which are clean (2, N) bool.
 
-    target: y, clean, y_peer, y_bar, (B,) each. L_neg sees all images with the peer's labels, as V-
-    will judge them all. t+ enters it as a constant. f does not in phase 1, where V- also shapes f;
-    in phase 2 that would destroy the encoder. Fairness alone would make predictions uniform."""
-    y, clean, y_peer, y_bar = target
-    l_pos, _ = logits(f, t_pos, t_neg, tau)                                     # (B, C)
-    judged = logits(f if phase == 1 else f.detach(), t_pos.detach(), t_neg, tau)    # 2 x (B, C)
-    loss = loss_cls(l_pos, y, clean) + lam * loss_neg(*judged, y_peer, y_bar)
-    return loss + fairness_weight * clean.any() * fairness(l_pos)
+    Phase 1: `labels`, y and S* (2, N) each, as they are; (A3) those of S* that the peer calls
+    clean, p_clean_y > 1/2. Phase 2, section 3.2.2: the student's labels for all images, as the peer
+    lets them pass; (A8) the peer's labels. p, p_clean (2, N, C)."""
+    (y, confident), cleans = labels, []
+    if phase == 2:
+        y = p.argmax(dim=2)[list(peers) if "one_judge" in added else [0, 1]]    # (2, N)
+    for me, peer in enumerate(peers):
+        clean = p_clean[peer].gather(1, y[me, :, None])[:, 0] > 0.5             # (N,)
+        if phase == 1:
+            clean = confident[me] & (clean | ("filter1" not in added))
+        cleans.append(clean)
+    return y, torch.stack(cleans)
+
+
+def total_loss(job, phase, f, t_pos, t_neg, target):
+    """Phase 1: Eq. (4) + lam Eq. (6); phase 2: Eq. (7). target: y, clean, and the labels of Eq. (6)
+    y_neg, y_bar, (B,) each.
+
+    (A5) t+ enters Eq. (6) as a constant. (A9) In phase 2 t- learns on by Eq. (6), as a spectator:
+    f's gradient would destroy the encoder. (A2) Fairness alone would make predictions uniform."""
+    (y, clean, y_neg, y_bar), added, tau = target, job.added, job.clip_model.logit_scale.exp()
+    l_pos = logits(f, t_pos, tau)                                               # (B, C)
+    loss = loss_cls(l_pos, y, clean)
+    if phase == 2:
+        f, t_pos = f.detach(), t_pos.detach()
+    if "all_images" in added:
+        t_pos = t_pos.detach()
+    if phase == 1 or "go_on" in added:
+        judged = logits(f, t_pos, tau), logits(f, t_neg, tau)                   # 2 x (B, C)
+        loss = loss + job.args.lam * loss_neg(*judged, y_neg, y_bar)
+    return loss + clean.any() * fairness(l_pos) if "fairness" in added else loss
 
 
 def warm_cosine(step, total):
-    """Learning rate factor: linear warm-up over a tenth (Adam's first steps are large), cosine."""
+    """Learning rate factor: linear warm-up over a tenth, then half a cosine."""
     return min(1, (step + 1) / (0.1 * total + 1), 0.5 + 0.5 * math.cos(math.pi * step / total))
 
 
 def start_phase(job, number, students, steps):
-    """What learns in a phase of so many steps: students, EMA copies that judge, optimiser."""
-    if number == 2:
+    """What learns in a phase of so many steps: students, EMA copies (A10), optimiser."""
+    args = job.args
+    if number == 2 and "go_on" in job.added:                                    # (A9)
         for student in students:
-            student.start_phase2(job.clip_model)
-    groups = [g for student in students for g in student.param_groups(job.args.lr1, job.lr2)]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=job.device.type == "cuda")
+            student.continue_in_phase2(job.clip_model)
+    elif number == 2:
+        students = nn.ModuleList(FullModel(job.clip_model, job.t0, me) for me in students)
+    if "adam" in job.added:                                                     # (A11)
+        groups = [g for student in students for g in student.param_groups(args.lr1, args.lr2)]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=job.device.type == "cuda")
+    else:
+        learns = [v for v in students.parameters() if v.requires_grad]
+        optimizer = torch.optim.SGD(learns, args.lr1 if number == 1 else args.lr2, momentum=0.9,
+                                    weight_decay=5e-4)
     return SimpleNamespace(
         number=number, students=students, teachers=copy.deepcopy(students).requires_grad_(False),
         forward=[data.distributed(student) for student in students],    # averages gradients
@@ -263,19 +335,20 @@ def start_phase(job, number, students, steps):
 
 
 def train_step(job, phase, batches, y, clean, p):
-    """One step of both students, each on its own batch (x, i), taught by its peer. y, clean (2, N);
-    p (2, N, C), aligned. Returns what the log shows."""
-    tau, scale, losses = job.clip_model.logit_scale.exp(), job.scaler.get_scale(), []
+    """One step of both students, each on its own batch (x, i). y, clean (2, N), p (2, N, C): see
+    select_clean. Returns what the log shows."""
+    scale, losses = job.scaler.get_scale(), []
     phase.optimizer.zero_grad()
     for me, (peer, (x, i)) in enumerate(zip(job.peers, batches)):               # x (B, 3, R, R)
         i = data.gather(i)                              # of all processes
-        y_peer = p[peer, i].argmax(dim=1)                                       # (B,)
-        y_bar = complementary_labels(p[peer, i], y_peer)                        # (B,)
-        target = [v.to(job.device) for v in (y[me, i], clean[me, i], y_peer, y_bar)]
+        p_peer = p[peer, i]                                                     # (B, C)
+        y_neg = p_peer.argmax(dim=1) if "all_images" in job.added else y[me, i]     # (A5) (B,)
+        chances = p_peer if "likely" in job.added else torch.ones_like(p_peer)      # (A6)
+        y_bar = complementary_labels(chances, y_neg)                            # (B,)
+        target = [v.to(job.device) for v in (y[me, i], clean[me, i], y_neg, y_bar)]
         with job.autocast():
             f, t_pos, t_neg = phase.forward[me](job.clip_model, x)              # (B, D), 2 x (C, D)
-        loss = total_loss(phase.number, data.gather(f), t_pos, t_neg, tau, target, job.args.lam,
-                          job.args.fairness_weight)
+        loss = total_loss(job, phase.number, data.gather(f), t_pos, t_neg, target)
         job.scaler.scale(loss).backward()
         losses.append(loss.detach())
     job.scaler.step(phase.optimizer)                    # left out if fp16 overflowed,
@@ -284,52 +357,54 @@ def train_step(job, phase, batches, y, clean, p):
     skipped = job.scaler.get_scale() < scale
     if not skipped:
         phase.schedule.step()
-        decay = 0.0 if phase.number == 1 else min(0.99, phase.step / (phase.step + 9))
+        averaged = phase.number == 2 and "ema" in job.added                     # (A10)
+        decay = min(0.99, phase.step / (phase.step + 9)) if averaged else 0.0
         for teacher, v in zip(phase.teachers.parameters(), phase.students.parameters()):
-            teacher.lerp_(v.detach(), 1 - decay)        # EMA
+            teacher.lerp_(v.detach(), 1 - decay)
     return {"loss": sum(losses) / 2, "skipped": int(skipped)}
 
 
-def train_phase(job, number, students, epochs, view, labels, tables):
+def train_phase(job, number, students, view, labels, tables):
     """The epochs of a phase, on augmented views. labels: see select_clean; tables: p and p_clean,
-    (2, N, C) each, of the plain views. Returns the tables and the teachers after it."""
+    (2, N, C) each, of the plain views. Returns the tables and the models after it."""
     args, run, images = job.args, job.run, job.dataset.train
     first = run.state["epoch"] if run.state else 0      # --resume
     loaders = [job.load(images.view(view), shuffle=True, drop_last=True, epoch=first,
                         seed=4 * args.seed + 2 * number + m) for m in range(2)]
+    epochs = args.epochs1 if number == 1 else args.epochs2
     steps = min(epochs * len(loaders[0]), args.max_steps or math.inf)
-    epochs = math.ceil(steps / len(loaders[0]))
+    epochs, lesson = math.ceil(steps / len(loaders[0])), None
     phase = start_phase(job, number, students, max(1, steps))
-    parts = {"scaler": job.scaler, "students": students, "teachers": phase.teachers,
+    parts = {"scaler": job.scaler, "students": phase.students, "teachers": phase.teachers,
              "optimizer": phase.optimizer, "schedule": phase.schedule}
     if run.state:
-        phase.step = run.restore(parts)["step"]
+        state = run.restore(parts)
+        phase.step, lesson = state["step"], state["lesson"]
     for epoch in range(first, epochs):
-        p = torch.stack([distribution_alignment(q, args.alignment) for q in tables[0]])
-        y, clean = select_clean(number, p, tables[1], labels, job.peers)      # (2, N) each
+        p = guess(tables[0], job.added)                                         # (2, N, C)
+        if lesson is None or number == 1 or "fresh" in job.added:               # (A7)
+            lesson = select_clean(number, p, tables[1], labels, job.peers, job.added)
+        y, clean = lesson                                                       # (2, N) each
+        if "all_images" not in job.added:               # batches of clean images only; else (A5)
+            for loader, mine in zip(loaders, clean):
+                loader.sampler.among = mine.nonzero()[:, 0].tolist()
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
                                  f"phase {number} epoch {epoch + 1}/{epochs}", steps - phase.step):
             run.rows.append(train_step(job, phase, batches, y, clean, p))
         means = run.means(f"--lr{number}")
-        tables = predict(job, phase.teachers, job.train)                        # 2 x (2, N, C)
-        p_test = tables[0] if job.test is job.train else predict(job, phase.teachers, job.test)[0]
+        judge = number == 1 or "go_on" in job.added     # else phase 1's verdicts stand
+        p, p_clean = predict(job, phase.teachers, job.train, judge)             # (2, N, C) each
+        tables = p, p_clean if judge else tables[1]
+        p_test = p if job.test is job.train else predict(job, phase.teachers, job.test, False)[0]
         run.report(phase=number, epoch=epoch + 1, **means,
-                   accuracy=accuracy(p_test.mean(dim=0), job.dataset.test.y_true),
-                   **diagnostics(*tables, y, clean, images.y_true))
-        run.checkpoint(parts, phase=number, epoch=epoch + 1, step=phase.step, tables=tables)
+                   accuracy=data.accuracy(p_test.mean(dim=0), job.dataset.test.y_true),
+                   **diagnostics(tables, lesson, job.peers, images.y_true))
+        run.checkpoint(parts, phase=number, epoch=epoch + 1, step=phase.step, tables=tables,
+                       lesson=lesson)
     return tables, phase.teachers
 
 
 # ======== evaluation ========
-
-
-@torch.no_grad()
-def text_features(clip_model, class_names, templates):
-    """The zero-shot classifier t0 (C, D): unit rows, the mean of the templates' text features."""
-    texts = [template.format(c) for template in templates for c in class_names]
-    tokens = clip.tokenize(texts, truncate=True).to(clip_model.logit_scale.device)
-    t = F.normalize(clip_model.encode_text(tokens, chunk=256), dim=-1)
-    return F.normalize(t.unflatten(0, (len(templates), -1)).mean(dim=0), dim=-1)
 
 
 @torch.no_grad()
@@ -344,47 +419,48 @@ def zero_shot(job, t0, loader):
 
 
 @torch.no_grad()
-def predict(job, students, loader):
-    """Both students' softmax p and p_clean for all images, each (2, N, C), on the CPU."""
-    tau = job.clip_model.logit_scale.exp()
+def predict(job, students, loader, judge=True):
+    """Both students' softmax p, and p_clean of their judges (0 without), for all images, (2, N, C)
+    each, on the CPU."""
+    clip_model, tau = job.clip_model, job.clip_model.logit_scale.exp()
     with job.autocast():
-        texts = [[t.float() for t in me.texts(job.clip_model)] for me in students]      # (C, D)
-    p, p_clean = torch.zeros(2, 2, loader.N, len(texts[0][0]))                  # (2, N, C) each
+        t_pos = [me.texts(clip_model)[0].float() for me in students]            # (C, D) each
+        judges = [getattr(me, "judge", me) for me in students]                  # (A9) itself
+        texts = [[t.float() for t in one.texts(clip_model)] for one in judges]
+    p, p_clean = torch.zeros(2, 2, loader.N, len(t_pos[0]))                     # (2, N, C) each
     for x, i in loader:                                                         # (B, 3, R, R), (B,)
-        for m, (student, (t_pos, t_neg)) in enumerate(zip(students, texts)):
+        for m, me in enumerate(students):
             with job.autocast():
-                f = student.features(job.clip_model, x)                         # (B, D)
-            p[m, i] = posterior(f, t_pos, tau).cpu()
-            p_clean[m, i] = log_p_clean(*logits(f, t_pos, t_neg, tau))[0].exp().cpu()
+                f = me.features(clip_model, x)                                  # (B, D)
+            p[m, i] = posterior(f, t_pos[m], tau).cpu()
+            if judge:
+                with job.autocast():
+                    f = f if judges[m] is me else judges[m].features(clip_model, x)
+                l_pos, l_neg = (logits(f, t, tau) for t in texts[m])            # (B, C) each
+                p_clean[m, i] = log_p_clean(l_pos, l_neg)[0].exp().cpu()
     return data.all_reduce_sum(p), data.all_reduce_sum(p_clean)
 
 
-# same in prompt_align.py
-def accuracy(p, y_true):
-    """Percent of the images whose argmax_k p_k is the true class; None without labels."""
-    if y_true is not None:
-        return round(100 * float((p.argmax(dim=1) == y_true).double().mean()), 2)
+def diagnostics(tables, lesson, peers, y_true):
+    """How good the filter is, means over both students.
 
-
-def auroc(score, right):
-    """How likely a right label scores above a wrong one. score (N,), right (N,) bool; or None."""
-    a, b = score[right].contiguous(), score[~right].sort().values
-    below = torch.searchsorted(b, a) + torch.searchsorted(b, a, right=True)     # twice, with ties
-    return float(below.double().mean()) / (2 * len(b)) if len(a) and len(b) else None
-
-
-def diagnostics(p, p_clean, y, clean, y_true):
-    """How good the filter is, as means over the two students: share and precision of the clean
-    labels, and how well p_clean and the maximum softmax each tell when the student is right."""
-    facts = {"kept": round(float(clean.float().mean()), 4)}
-    if y_true is not None:                                                      # diagnostics only
-        right = (y == y_true)[clean].double()
-        facts["precision"] = round(float(right.mean()), 4) if len(right) else None
+    Of the labels just learnt from: kept, the share that is clean; unfiltered and precision, how
+    many are right of all and of the clean ones. Of those that each student would give now: auroc of
+    the peer's p_clean and, of the same peer on the same labels, auroc_softmax; shared_errors, how
+    many of the first one's wrong labels the second one gives too."""
+    (p, p_clean), (y, clean) = tables, lesson                           # (2, N, C), (2, N) each
+    facts = {"kept": clean.double().mean()}
+    if y_true is not None:                                              # diagnostics only
+        right, labels = y == y_true, p.argmax(dim=2)                    # (2, N) each
+        wrong = labels[0] != y_true                                     # (N,)
+        facts |= {"precision": right[clean].double().mean(), "unfiltered": right.double().mean(),
+                  "shared_errors": (labels[0] == labels[1])[wrong].double().mean()}
         for key, scores in (("auroc", p_clean), ("auroc_softmax", p)):
-            each = [auroc(s.gather(1, q.argmax(1, True))[:, 0], q.argmax(1) == y_true)
-                    for q, s in zip(p, scores)]
-            facts[key] = None if None in each else round(sum(each) / 2, 4)
-    return facts
+            given = [scores[peer].gather(1, labels[me, :, None])[:, 0]          # (N,) each
+                     for me, peer in enumerate(peers)]
+            each = [data.auroc(a, y == y_true) for a, y in zip(given, labels)]
+            facts[key] = math.nan if None in each else sum(each) / 2
+    return {k: None if math.isnan(v) else round(float(v), 4) for k, v in facts.items()}
 
 
 # ======== main ========
@@ -392,7 +468,9 @@ def diagnostics(p, p_clean, y, clean, y_true):
 
 def adapt(args):
     """The whole run: CLIP's guesses, phase 1, phase 2, the files. Returns the summary."""
-    job = data.setup(args)              # run, device, dataset, clip_model; loaders train and test
+    base, added = data.recipe(args.recipe, ADDITIONS)
+    job = data.setup(args, SETTINGS[base])      # run, device, dataset, clip_model, loaders
+    job.added = added
     run, dataset, clip_model, names = job.run, job.dataset, job.clip_model, job.dataset.class_names
     if args.peft == "vpt" and not hasattr(clip_model.visual, "transformer"):
         raise data.DataError("--peft vpt needs a ViT; a ResNet takes --peft adapter")
@@ -400,60 +478,60 @@ def adapt(args):
     job.autocast = partial(torch.autocast, job.device.type, job.amp_dtype,
                            enabled=job.amp_dtype is not None)
     job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
-    job.lr2 = args.lr2 or (3e-4 if clip_model.visual.output_dim < 512 else 1e-5)
     job.peers = (0, 1) if args.judge == "self" else (1, 0)
 
     # CLIP's own guesses, and the confident ones among them
-    t0 = text_features(clip_model, names, dataset.templates)                    # (C, D)
+    prompts = [[template.format(c) for template in dataset.templates] for c in names]
+    job.t0 = t0 = clip.zeroshot_classifier(clip_model, prompts)                 # (C, D)
     p0, p0_test = (zero_shot(job, t0, loader) for loader in (job.train, job.test))      # (N, C)
-    labels = pseudo_labels(distribution_alignment(p0, args.alignment), args.rho)        # (N,) each
-    zero = accuracy(p0_test, dataset.test.y_true)
+    K = math.ceil(args.k if args.k >= 1 else args.k * len(p0) / len(names))
+    y, confident = pseudo_labels(guess(p0[None], added)[0], K)                  # (N,) each
+    labels = torch.stack([y, y]), torch.stack([confident, confident])           # for both students
+    zero = data.accuracy(p0_test, dataset.test.y_true)
     data.report_zero_shot(job, zero)
-    weak, strong = data.augmented_views(job, lambda view: zero_shot(job, t0, job.load(view)))
+    weak, _ = data.augmented_views(job, lambda view: zero_shot(job, t0, job.load(view)))
 
     # two students, which differ in their random numbers, learn from each other
-    students = nn.ModuleList(Student(clip_model, names, dataset.templates[0], args.peft,
-                                     args.peft_size) for _ in range(2)).to(job.device)
+    students = nn.ModuleList(Student(clip_model, names, dataset.templates[0], args, added)
+                             for _ in range(2)).to(job.device)
     tables = torch.stack([p0, p0]), torch.ones(2, *p0.shape)        # p, p_clean: (2, N, C) each
     if run.state:                                       # --resume
         tables = run.state["tables"]
-    for number, epochs, view in ((1, args.epochs1, weak),
-                                 (2, args.epochs2, strong if args.strong_view else weak)):
-        if number == 2 and not epochs or run.state and run.state["phase"] > number:
+    for number in (1, 2):
+        if number == 2 and not args.epochs2 or run.state and run.state["phase"] > number:
             continue
-        tables, teachers = train_phase(job, number, students, epochs, view, labels, tables)
-        if number == 1 and epochs:
+        tables, models = train_phase(job, number, students, weak, labels, tables)
+        if number == 1 and args.epochs1:
             data.pseudo_label_sheet(run.out / "pseudo_labels.png", dataset.train, names,
                                     *(table.mean(dim=0) for table in tables))
 
-    p, p_clean = (table.mean(dim=0) for table in predict(job, teachers, job.test))      # (N, C)
+    p, p_clean = (table.mean(dim=0) for table in predict(job, models, job.test))      # (N, C)
     data.write_predictions(run.out / "predictions.csv", dataset.test.names, names, p, p_clean)
-    run.save("model.pt", {"models": teachers.state_dict(), "class_names": names, "peft": args.peft,
-                          "peft_size": args.peft_size, "templates": dataset.templates,
-                          "clip": job.clip_name})
+    run.save("model.pt", {"models": models.state_dict(), "class_names": names, "peft": args.peft,
+                          "peft_size": args.peft_size, "ctx": args.ctx, "recipe": args.recipe,
+                          "templates": dataset.templates, "clip": job.clip_name})
     run.say(f"results in {run.out}")
-    return run.report(zero_shot=zero, accuracy=accuracy(p, dataset.test.y_true))
+    return run.report(zero_shot=zero, accuracy=data.accuracy(p, dataset.test.y_true))
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     data.add_common(parser, "coft", 64, "images per step and student, of all processes")
     add = parser.add_argument
+    add("--recipe", default="ours", metavar="R", help="paper (as published), ours, or a change of "
+        "one of them: ours-ema, paper+fresh+balance; the table ADDITIONS (%(default)s)")
     add("--peft", choices=["vpt", "adapter"], default="vpt", help="light visual modules: deep "
         "prompt tokens, or bottlenecks beside the MLPs (%(default)s)")
-    add("--peft-size", type=int, default=4, help="tokens per block, or width (%(default)s)")
-    add("--epochs1", type=int, default=6, help="of phase 1 (%(default)s)")
-    add("--epochs2", type=int, default=4, help="of phase 2; 0 leaves it out (%(default)s)")
-    add("--lr1", type=float, default=2e-3, help="of prompts and light modules (%(default)s)")
-    add("--lr2", type=float, help="of the image encoder; default: 3e-4 if D < 512 "
-        "(tiny), else 1e-5")
-    add("--rho", type=float, default=0.3, help="share of the images to start from (%(default)s)")
+    add("--peft-size", type=int, help="tokens per block, or width; default of this and all below "
+        "without one: the table SETTINGS")
+    add("--ctx", type=int, metavar="L", help="context words of the prompts, 0: the template's")
+    add("--k", type=float, help="images per class to start from; below 1: as a share of N / C")
+    add("--epochs1", type=int, help="of phase 1")
+    add("--epochs2", type=int, help="of phase 2; 0 leaves it out")
+    add("--lr1", type=float, help="of prompts and light modules")
+    add("--lr2", type=float, help="of the image encoder")
     add("--lam", type=float, default=1.0, help="weight of L_neg, Eq. 6 (%(default)s)")
-    add("--alignment", type=float, default=1.0, help="of the labels (%(default)s)")
-    add("--fairness-weight", type=float, default=1.0, help="wants B > C (%(default)s)")
     add("--judge", choices=["peer", "self"], default="peer", help="who teaches it (%(default)s)")
-    add("--strong-view", default=False, action=argparse.BooleanOptionalAction,
-        help="phase 2 learns from RandAugment views")
     return parser.parse_args(argv)
 
 

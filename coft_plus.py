@@ -1,23 +1,22 @@
 """CoFT+: CoFT with three parts more (same paper, arXiv 2602.04337). Read coft.py first; its letters
-are used here, and d contrastive embedding, K keys in the queue.
+are used here, and d contrastive embedding, Q keys in the queue.
 
 `diff coft.py coft_plus.py` shows the three: sentences that an LLM wrote help the first guess; phase
-1 goes in rounds, each from the labels that the last round's students agree on; a momentum-
-contrastive loss learns from two views of every image, whether its label is trusted or not.
+1 goes in rounds, each from the labels of the last; in phase 2 a momentum-contrastive loss learns
+from two views of every image, whether its label is trusted or not. `--recipe paper`:
 
     p0, from t0_k = mean text feature of the sentences about class k            section 3.3.3
-    phase 1 of coft.py, several rounds with new students, and                   section 3.3.1
-        y, confident = next_labels(p, rho), rho grows from round to round
-    both phases: loss += mu info_nce(q of the student, k of its EMA copy)       Eq. 8-10
+    phase 1 of coft.py in rounds, with new students, each from its own          section 3.3.1
+        y, S* = pseudo_labels(p, K), p what the student of the last round says
+    phase 2, on batches of all images:
+        loss += gamma info_nce(q of a view, k of another view from an EMA copy) Eq. 8-10
 
 Run:  python coft_plus.py                               the demo, offline; README.md has results
       python coft_plus.py --data ./oxford_pets          with our sentences, prompts/oxford_pets.json
       python coft_plus.py --data ./photos --classes cat,dog --prompts mine.json
 
-Decided here beyond coft.py (the paper has it otherwise, or does not say): sentences and template
-are averaged, and t+ and t0 too; both students of a round start from the same images (paper: each
-from its own); the set grows in phase 2 too; contrast in both phases, with a projection head, and
-keys of the same clean label are positives (paper: phase 2, one positive).
+The paper does not say, so decided here, beyond coft.py: three rounds, temperature 0.1, gamma 1, a
+queue of half an epoch at most, EMA decay 0.99 at most; classes without sentences get the template.
 """
 import argparse
 import copy
@@ -36,31 +35,57 @@ import torch.nn.functional as F
 import clip
 import data
 
+# What `--recipe ours` adds to the paper or does otherwise, and where. `ours-ema` leaves one out,
+# `paper+balance+fresh` adds two.
+ADDITIONS = {
+    "balance":    "A1  labels from posteriors divided by their class marginal: guess, train_phase",
+    "fairness":   "A2  a term that spreads each batch over the classes: total_loss",
+    "filter1":    "A3  phase 1 learns only from what the peer calls clean: select_clean",
+    "per_class":  "A4  a context per class in V-, not a shared one: Student",
+    "all_images": "A5  L_neg sees all images with the peer's labels, t+ a constant: train_step",
+    "likely":     "A6  complementary labels that the peer finds likely, not uniform: train_step",
+    "fresh":      "A7  phase 2 makes labels and verdicts anew each epoch, not once: train_phase",
+    "one_judge":  "A8  phase 2 takes label and verdict from the same peer: select_clean",
+    "go_on":      "A9  phase 2 keeps the visual prompts; t+ and t- learn on as matrices: Student",
+    "ema":        "A10 moving averages of phase 2's students label, judge, predict: train_step",
+    "adam":       "A11 AdamW, rates relative to the size of words, not SGD: param_groups",
+    "mix_texts":  "A12 template and sentences are averaged, and t+ with them: adapt, Student",
+    "agree":      "A13 S* holds what both students agree on, grows, in phase 2 too: next_labels",
+    "contrast1":  "A14 the contrastive loss in phase 1 too, whose EMA copies judge: train_step",
+    "project":    "A15 it compares projections of the features: Student",
+    "label_keys": "A16 keys with the same clean label are positives too: info_nce",
+}
+SETTINGS = {    # where no flag says otherwise: (tiny CLIPs, D < 512; OpenAI's models)
+    "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lr1": (0.03, 0.03),
+              "lr2": (0.01, 5e-4), "epochs1": (4, 10), "epochs2": (4, 10)},
+    "ours": {"k": (0.3, 0.3), "ctx": (0, 0), "peft_size": (4, 20), "lr1": (2e-3, 2e-3),
+             "lr2": (3e-4, 1e-5), "epochs1": (4, 4), "epochs2": (4, 4)}}
+
 # ======== equations ========
 
 
+def logits(f, t, tau):
+    """l_k = tau f(x).t_k: l+ for t+, l- for t-. f (B, D), t (C, D) -> (B, C)."""
+    return tau * f @ t.T
+
+
 def posterior(f, t, tau):
-    """Eq. (1): p_k(x) = softmax_k(tau f(x).t_k). f (B, D), t (C, D) unit vectors -> (B, C)."""
-    return (tau * f @ t.T).softmax(dim=1)
+    """Eq. (1): p_k(x) = softmax_k(l_k). f (B, D), t (C, D) -> (B, C)."""
+    return logits(f, t, tau).softmax(dim=1)
 
 
-def pseudo_labels(p0, rho):
-    """Eq. (1), S*: y = argmax_k p0_k; confident: per class the K = ceil(rho N / C) images with the
-    largest p0_y. A class that is nobody's argmax takes the K largest of its column. p0 (N, C) ->
-    y (N,), confident (N,) bool."""
+def pseudo_labels(p0, K):
+    """Eq. (1), S*: y = argmax_k p0_k; confident: per class the K images with the largest p0_y. A
+    class that is nobody's argmax takes the K largest of its column. p0 (N, C) -> y (N,),
+    confident (N,) bool."""
     (N, C), y = p0.shape, p0.argmax(dim=1)
-    K, confident = math.ceil(rho * N / C), torch.zeros(N, dtype=torch.bool)
+    K, confident = min(K, N), torch.zeros(N, dtype=torch.bool)
     for k in set(range(C)) - set(y.tolist()):
         y[p0[:, k].topk(K).indices] = k
     for k in range(C):
         top = p0[:, k].masked_fill(y != k, -1).topk(min(K, int((y == k).sum()))).indices
         confident[top] = True
     return y, confident
-
-
-def logits(f, t_pos, t_neg, tau):
-    """l+_k = tau f(x).t+_k, l-_k = tau f(x).t-_k. f (B, D), t (C, D) -> 2 x (B, C)."""
-    return tau * f @ t_pos.T, tau * f @ t_neg.T
 
 
 def loss_cls(l_pos, y, clean):
@@ -82,40 +107,43 @@ def loss_neg(l_pos, l_neg, y, y_bar):
 
 
 def complementary_labels(p, y):
-    """ybar of Eq. (6): a class other than y, drawn from p without y: a likely mistake (y itself if
-    there is no other). p (B, C), y (B,) -> (B,)."""
+    """ybar of Eq. (6): a class other than y, drawn from p without y (y itself if there are no
+    others): uniform p as published, or (A6) a posterior. p (B, C), y (B,) -> (B,)."""
     others = (p + 1e-6).scatter(1, y[:, None], 0.0 if p.shape[1] > 1 else 1.0)  # (B, C)
     return torch.multinomial(others, 1)[:, 0]
 
 
-def distribution_alignment(p, strength=1.0):
-    """p_k / (mean over all images of p_k)^strength, then normalised. p (N, C) -> (N, C)."""
-    p = p / p.mean(dim=0, keepdim=True).clamp(min=0.01 / p.shape[1]) ** strength
+def distribution_alignment(p):
+    """(A1) p_k / (mean over all images of p_k), then normalised. p (N, C) -> (N, C)."""
+    p = p / p.mean(dim=0, keepdim=True).clamp(min=0.01 / p.shape[1])
     return p / p.sum(dim=1, keepdim=True)
 
 
-def next_labels(p, rho, strength):
-    """Section 3.3.1: the next round's y and confident, as Eq. (1) from the mean of both students;
-    confident are only images on which both agree. p (2, N, C) -> y (N,), confident (N,) bool."""
-    y, confident = pseudo_labels(distribution_alignment(p.mean(dim=0), strength), rho)
-    return y, confident & (p[0].argmax(dim=1) == p[1].argmax(dim=1))
+def next_labels(p, K, added):
+    """Section 3.3.1: the next round's y and S*, (2, N) each: the K most confident of each class,
+    each student's own. (A13) The mean's, where both give the same label. p (2, N, C)."""
+    if "agree" in added:
+        y, confident = pseudo_labels(guess(p.mean(dim=0)[None], added)[0], K)   # (N,) each
+        confident &= p[0].argmax(dim=1) == p[1].argmax(dim=1)
+        return torch.stack([y, y]), torch.stack([confident, confident])
+    y, confident = zip(*(pseudo_labels(q, K) for q in guess(p, added)))
+    return torch.stack(y), torch.stack(confident)
 
 
 def info_nce(q, k, y, queue, temperature=0.1):
     """Eq. (8): -mean over the positives of log softmax(q.keys / temperature), keys: k and queue.
 
-    Image b's positives: its own k_b, and the keys with its clean label y_b (-1: not clean). Unit
-    rows q, k (B, d); y (B,). MoCo, arXiv 1911.05722; positives by label: SupCon, arXiv 2004.11362.
-    """
-    keys, y_keys = torch.cat([k, queue.k]), torch.cat([y, queue.y])             # (B + K, d)
-    same = (y[:, None] == y_keys) & (y >= 0)[:, None]                           # (B, B + K)
+    The positive of image b is its own key k_b; (A16) and the keys with its clean label y_b (-1: not
+    clean). Unit rows q, k (B, d); y (B,). MoCo, arXiv 1911.05722; by label: SupCon, 2004.11362."""
+    keys, y_keys = torch.cat([k, queue.k]), torch.cat([y, queue.y])             # (B + Q, d)
+    same = (y[:, None] == y_keys) & (y >= 0)[:, None]                           # (B, B + Q)
     same |= torch.eye(len(q), len(keys), dtype=torch.bool, device=q.device)
-    log_p = (q @ keys.T / temperature).log_softmax(dim=1)                       # (B, B + K)
+    log_p = (q @ keys.T / temperature).log_softmax(dim=1)                       # (B, B + Q)
     return -((log_p * same).sum(dim=1) / same.sum(dim=1)).mean()
 
 
 def fairness(l):
-    """-mean_k log(mean over the batch of softmax(l)_k). l (B, C)."""
+    """(A2) -mean_k log(mean over the batch of softmax(l)_k); wants B > C. l (B, C)."""
     return -l.softmax(dim=1).mean(dim=0).clamp(min=1e-6).log().mean()
 
 
@@ -128,23 +156,25 @@ WORD_STD = 0.06     # of tiny's word vectors, for which lr1 and the noise were c
 class Prompt(nn.Module):
     """Eq. (2), (3): L learnable context vectors before each class name: [V_1] ... [V_L] cat.
 
-    They are shared by all classes or, if class_specific, one set per class. They start from the
-    words before the class name in the template ("a photo of a" if there are none) and a little
-    noise: at CLIP's zero-shot classifier."""
-    def __init__(self, clip_model, class_names, template, class_specific):
+    They are shared by all classes or, if class_specific, one set per class. They start from random
+    words, as large as CLIP's; for L = 0 from those before the class name in the template ("a photo
+    of a" if there are none) and a little noise: at CLIP's zero-shot classifier."""
+    def __init__(self, clip_model, class_names, template, L, class_specific):
         super().__init__()
-        words = template.split("{}")[0].strip() or "a photo of a"
+        words = " ".join(["x"] * L) or template.split("{}")[0].strip() or "a photo of a"
         rest = template.split("{}", 1)[1]
-        L = int((clip.tokenize(words)[0] > 0).sum()) - 2                # without <sot> and <eot>
+        n = int((clip.tokenize(words)[0] > 0).sum()) - 2                # without <sot> and <eot>
         tokens = clip.tokenize([f"{words} {c}{rest}" for c in class_names], truncate=True)
-        tokens = tokens.to(clip_model.token_embedding.weight.device)
-        with torch.no_grad():                                           # T: the longest prompt
-            emb = clip_model.token_embedding(tokens[:, :tokens.argmax(dim=1).max() + 1])
-        start = emb[:len(emb) if class_specific else 1, 1:1 + L]        # (C or 1, L, W)
+        known = clip_model.token_embedding.weight.detach()              # (vocabulary, W)
+        tokens = tokens[:, :tokens.argmax(dim=1).max() + 1].to(known.device)    # (C, T), T: longest
+        emb = known[tokens]                                             # (C, T, W)
+        start = emb[:len(emb) if class_specific else 1, 1:1 + n]        # (C or 1, L, W)
         noise = 0.01 * min(1.0, float(start.std()) / WORD_STD)
+        if L:
+            start, noise = 0 * start, known[known.any(dim=1)].std()     # tiny lacks most words
         self.ctx = nn.Parameter(start + noise * torch.randn_like(start))
         self.register_buffer("token_prefix", emb[:, :1], persistent=False)      # (C, 1, W) <sot>
-        self.register_buffer("token_suffix", emb[:, 1 + L:], persistent=False)  # (C, T - L - 1, W)
+        self.register_buffer("token_suffix", emb[:, 1 + n:], persistent=False)  # (C, T - L - 1, W)
         self.register_buffer("eot", tokens.argmax(dim=1), persistent=False)     # (C,)
 
     def forward(self, clip_model):
@@ -169,12 +199,12 @@ class Adapter(nn.Module):
 
 
 class Queue(nn.Module):
-    """Eq. (9): the last K keys and their clean labels (-1: not clean). First in, first out; at the
+    """Eq. (9): the last Q keys and their clean labels (-1: not clean). First in, first out; at the
     start random directions without labels."""
-    def __init__(self, K, d):
+    def __init__(self, Q, d):
         super().__init__()
-        self.register_buffer("k", F.normalize(torch.randn(K, d), dim=1))        # (K, d) unit rows
-        self.register_buffer("y", torch.full((K,), -1))                         # (K,)
+        self.register_buffer("k", F.normalize(torch.randn(Q, d), dim=1))        # (Q, d) unit rows
+        self.register_buffer("y", torch.full((Q,), -1))                         # (Q,)
 
     def push(self, k, y):
         """k (B, d) and y (B,) take the places of the B oldest."""
@@ -183,36 +213,38 @@ class Queue(nn.Module):
 
 
 class Student(nn.Module):
-    """One of the two models: V+, V-, the light visual modules and, in phase 2, an image encoder and
-    two classifiers (2, C, D) of its own. CLIP itself is frozen and shared. t0 (C, D): the texts of
-    the sentences, or None; contrast: with a projection head."""
-    def __init__(self, clip_model, class_names, template, peft, size, t0, contrast):
+    """One of the two models of phase 1: V+, V- and the light visual modules. (A9) It goes on in
+    phase 2 with an image encoder and two classifiers (2, C, D) of its own. CLIP itself is frozen
+    and shared. args: peft, peft_size, ctx, gamma. t0 (C, D): the texts of the sentences (A12), or
+    None."""
+    def __init__(self, clip_model, class_names, template, args, added, t0):
         super().__init__()
         self.register_buffer("t0", t0)                                  # (C, D)
-        D = clip_model.visual.output_dim
-        self.head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 64)
-                                  ) if contrast else None               # D -> d
-        self.pos = Prompt(clip_model, class_names, template, class_specific=False)
-        self.neg = Prompt(clip_model, class_names, template, class_specific=True)
+        self.head, D = None, clip_model.visual.output_dim
+        if args.gamma and "project" in added:                           # (A15) D -> d
+            self.head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 64))
+        self.pos = Prompt(clip_model, class_names, template, args.ctx, class_specific=False)
+        self.neg = Prompt(clip_model, class_names, template, args.ctx, "per_class" in added)  # (A4)
         self.prompts = self.adapters = None             # one of them, see clip/model.py
         self.visual = self.classifier = None            # of phase 2
-        if peft == "vpt":                                               # VPT-deep, arXiv 2203.12119
+        if args.peft == "vpt":                                          # VPT-deep, arXiv 2203.12119
             blocks = clip_model.visual.transformer
-            self.prompts = nn.Parameter(0.02 * torch.randn(blocks.layers, size, blocks.width))
+            self.prompts = nn.Parameter(0.02 * torch.randn(blocks.layers, args.peft_size,
+                                                           blocks.width))
         else:
             widths = clip_model.visual.adapter_widths
-            self.adapters = nn.ModuleList(Adapter(width, size) for width in widths)
+            self.adapters = nn.ModuleList(Adapter(width, args.peft_size) for width in widths)
 
-    def start_phase2(self, clip_model):
-        """Own copy of the image encoder; the classifiers start at t+ and t-."""
+    def continue_in_phase2(self, clip_model):
+        """(A9) Own copy of the image encoder; the classifier, (2, C, D), starts at t+ and t-."""
         self.classifier = nn.Parameter(torch.stack(self.texts(clip_model)).detach())    # (2, C, D)
         self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
         self.pos.requires_grad_(False)
         self.neg.requires_grad_(False)
 
     def texts(self, clip_model):
-        """t+ and t-, unit rows (C, D): the prompts' in phase 1, then matrices that started there,
-        so that phase 2 does not run the text tower."""
+        """t+ and t-, unit rows (C, D): the prompts' in phase 1; (A9) then matrices that started
+        there, so that phase 2 does not run the text tower."""
         if self.classifier is None:
             t_pos, t_neg = self.pos(clip_model), self.neg(clip_model)           # (C, D) each
             return t_pos if self.t0 is None else F.normalize(t_pos + self.t0, dim=-1), t_neg
@@ -229,11 +261,11 @@ class Student(nn.Module):
         return f, t_pos.float(), t_neg.float(), self.project(f)
 
     def project(self, f):
-        """f (B, D) -> q (B, d), unit vectors that info_nce compares; None without contrast."""
-        return self.head and F.normalize(self.head(f).float(), dim=-1)
+        """f (B, D) -> q (B, d), unit vectors for info_nce: f itself, or (A15) projected."""
+        return f if self.head is None else F.normalize(self.head(f).float(), dim=-1)
 
     def param_groups(self, lr1, lr2):
-        """What learns, and how fast."""
+        """(A11) What learns, and how fast."""
         head = [{"params": self.head.parameters(), "lr": 1e-3}] if self.head else []
         light = [self.prompts] if self.adapters is None else list(self.adapters.parameters())
         if self.visual is None:
@@ -244,52 +276,111 @@ class Student(nn.Module):
                 {"params": self.visual.parameters(), "lr": lr2, "weight_decay": 0.01}]
 
 
+class FullModel(nn.Module):
+    """Section 3.2.2, Eq. (7): one of the two models of phase 2, a fresh image encoder and an FC
+    layer W f + b that starts at the zero-shot texts t0 (C, D). Its student of phase 1, frozen,
+    goes on judging."""
+    def __init__(self, clip_model, t0, student):
+        super().__init__()
+        self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
+        self.fc = nn.Parameter(F.pad(clip_model.logit_scale.exp() * t0, (0, 1)))    # [W, b]
+        self.judge = student.requires_grad_(False)
+        if student.head:
+            student.head.requires_grad_(True)                                   # (A15)
+
+    def texts(self, clip_model):
+        """[W, b] / tau (C, D + 1): with `features` l+ = W f + b. It has no t-."""
+        return self.fc / clip_model.logit_scale.exp(), None
+
+    def features(self, clip_model, x):
+        """Images (B, 3, R, R) -> [f, 1] (B, D + 1), f a unit vector."""
+        return F.pad(F.normalize(self.visual(x).float(), dim=-1), (0, 1), value=1.0)
+
+    def forward(self, clip_model, x):
+        """Images (B, 3, R, R) -> [f, 1] (B, D + 1), [W, b] / tau (C, D + 1), None, f (B, D)."""
+        f = self.features(clip_model, x)
+        return f, *self.texts(clip_model), self.project(f)
+
+    def project(self, f):
+        """[f, 1] (B, D + 1) -> f (B, D), which info_nce compares; (A15) projected."""
+        return self.judge.project(f[:, :-1])
+
+    def param_groups(self, lr1, lr2):
+        """(A11) What learns, and how fast."""
+        head = [v for v in self.judge.parameters() if v.requires_grad]          # (A15)
+        return [{"params": head, "lr": 1e-3}, {"params": [self.fc], "lr": lr1},
+                {"params": self.visual.parameters(), "lr": lr2, "weight_decay": 0.01}]
+
+
 # ======== training ========
 
 
-def select_clean(phase, p, p_clean, labels, peers):
-    """What each student is taught next: labels y (2, N); clean (2, N) bool, the peer's p_clean_y >
-    1/2. Phase 1: `labels`, the zero-shot y (N,) and which are confident (N,). Phase 2: the peer's
-    labels of now, so images come in as they become clean. p, p_clean (2, N, C); p is aligned."""
-    y0, confident = labels
-    ys, cleans = [], []
-    for peer in peers:
-        y = y0 if phase == 1 else p[peer].argmax(dim=1)                         # (N,)
-        clean = p_clean[peer].gather(1, y[:, None])[:, 0] > 0.5                 # (N,)
-        ys.append(y)
-        cleans.append(clean & confident if phase == 1 else clean)
-    return torch.stack(ys), torch.stack(cleans)
+def guess(p, added):
+    """The posteriors that labels are taken from: p (2, N, C) as it is; (A1) balanced."""
+    return torch.stack([distribution_alignment(q) for q in p]) if "balance" in added else p
 
 
-def total_loss(phase, f, t_pos, t_neg, tau, target, lam, fairness_weight):
-    """Phase 1: Eq. (4) + lam Eq. (6); phase 2: Eq. (7) and the loss of t-; both + fairness.
+def select_clean(phase, p, p_clean, labels, peers, added):
+    """What each student is taught next: labels y (2, N) and which are clean (2, N) bool.
 
-    target: y, clean, y_peer, y_bar, (B,) each. L_neg sees all images with the peer's labels, as V-
-    will judge them all. t+ enters it as a constant. f does not in phase 1, where V- also shapes f;
-    in phase 2 that would destroy the encoder. Fairness alone would make predictions uniform."""
-    y, clean, y_peer, y_bar = target
-    l_pos, _ = logits(f, t_pos, t_neg, tau)                                     # (B, C)
-    judged = logits(f if phase == 1 else f.detach(), t_pos.detach(), t_neg, tau)    # 2 x (B, C)
-    loss = loss_cls(l_pos, y, clean) + lam * loss_neg(*judged, y_peer, y_bar)
-    return loss + fairness_weight * clean.any() * fairness(l_pos)
+    Phase 1: `labels`, y and S* (2, N) each, as they are; (A3) those of S* that the peer calls
+    clean, p_clean_y > 1/2. Phase 2, section 3.2.2: the student's labels for all images, as the peer
+    lets them pass; (A8) the peer's labels. p, p_clean (2, N, C)."""
+    (y, confident), cleans = labels, []
+    if phase == 2:
+        y = p.argmax(dim=2)[list(peers) if "one_judge" in added else [0, 1]]    # (2, N)
+    for me, peer in enumerate(peers):
+        clean = p_clean[peer].gather(1, y[me, :, None])[:, 0] > 0.5             # (N,)
+        if phase == 1:
+            clean = confident[me] & (clean | ("filter1" not in added))
+        cleans.append(clean)
+    return y, torch.stack(cleans)
+
+
+def total_loss(job, phase, f, t_pos, t_neg, target):
+    """Phase 1: Eq. (4) + lam Eq. (6); phase 2: Eq. (7). target: y, clean, and the labels of Eq. (6)
+    y_neg, y_bar, (B,) each.
+
+    (A5) t+ enters Eq. (6) as a constant. (A9) In phase 2 t- learns on by Eq. (6), as a spectator:
+    f's gradient would destroy the encoder. (A2) Fairness alone would make predictions uniform."""
+    (y, clean, y_neg, y_bar), added, tau = target, job.added, job.clip_model.logit_scale.exp()
+    l_pos = logits(f, t_pos, tau)                                               # (B, C)
+    loss = loss_cls(l_pos, y, clean)
+    if phase == 2:
+        f, t_pos = f.detach(), t_pos.detach()
+    if "all_images" in added:
+        t_pos = t_pos.detach()
+    if phase == 1 or "go_on" in added:
+        judged = logits(f, t_pos, tau), logits(f, t_neg, tau)                   # 2 x (B, C)
+        loss = loss + job.args.lam * loss_neg(*judged, y_neg, y_bar)
+    return loss + clean.any() * fairness(l_pos) if "fairness" in added else loss
 
 
 def warm_cosine(step, total):
-    """Learning rate factor: linear warm-up over a tenth (Adam's first steps are large), cosine."""
+    """Learning rate factor: linear warm-up over a tenth, then half a cosine."""
     return min(1, (step + 1) / (0.1 * total + 1), 0.5 + 0.5 * math.cos(math.pi * step / total))
 
 
 def start_phase(job, number, students, steps):
-    """What learns in a phase of so many steps: students, EMA copies that judge, optimiser."""
-    if number == 2:
+    """What learns in a phase of so many steps: students, EMA copies (A10), optimiser."""
+    args = job.args
+    if number == 2 and "go_on" in job.added:                                    # (A9)
         for student in students:
-            student.start_phase2(job.clip_model)
-    groups = [g for student in students for g in student.param_groups(job.args.lr1, job.lr2)]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=job.device.type == "cuda")
-    B, N = job.args.batch_size, len(job.dataset.train)
-    K = math.ceil(min(16, N / 2 / B)) * B               # keys of half an epoch at most
+            student.continue_in_phase2(job.clip_model)
+    elif number == 2:
+        students = nn.ModuleList(FullModel(job.clip_model, job.t0, me) for me in students)
+    if "adam" in job.added:                                                     # (A11)
+        groups = [g for student in students for g in student.param_groups(args.lr1, args.lr2)]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=job.device.type == "cuda")
+    else:
+        learns = [v for v in students.parameters() if v.requires_grad]
+        optimizer = torch.optim.SGD(learns, args.lr1 if number == 1 else args.lr2, momentum=0.9,
+                                    weight_decay=5e-4)
+    B, N, width = args.batch_size, len(job.dataset.train), job.clip_model.visual.output_dim
+    Q, d = math.ceil(min(16, N / 2 / B)) * B, 64 if "project" in job.added else width
+    contrast = args.gamma and (number == 2 or "contrast1" in job.added)         # (A14)
     return SimpleNamespace(
-        queues=nn.ModuleList(Queue(K, 64) for _ in range(2) if job.args.mu).to(job.device),
+        queues=nn.ModuleList(Queue(Q, d) for _ in range(2) if contrast).to(job.device),
         number=number, students=students, teachers=copy.deepcopy(students).requires_grad_(False),
         forward=[data.distributed(student) for student in students],    # averages gradients
         optimizer=optimizer, step=0,
@@ -297,25 +388,28 @@ def start_phase(job, number, students, steps):
 
 
 def train_step(job, phase, batches, y, clean, p):
-    """One step of both students, on batches (x, x_key, i), taught by its peer. y, clean (2, N),
-    p (2, N, C), aligned. Returns what the log shows."""
-    tau, scale, losses = job.clip_model.logit_scale.exp(), job.scaler.get_scale(), []
+    """One step of both students, on batches (x, x_key, i). y, clean (2, N), p (2, N, C): see
+    select_clean. Returns what the log shows."""
+    scale, losses = job.scaler.get_scale(), []
     phase.optimizer.zero_grad()
     for me, (peer, (x, x_key, i)) in enumerate(zip(job.peers, batches)):        # x (B, 3, R, R)
         i = data.gather(i)                              # of all processes
-        y_peer = p[peer, i].argmax(dim=1)                                       # (B,)
-        y_bar = complementary_labels(p[peer, i], y_peer)                        # (B,)
-        target = [v.to(job.device) for v in (y[me, i], clean[me, i], y_peer, y_bar)]
+        p_peer = p[peer, i]                                                     # (B, C)
+        y_neg = p_peer.argmax(dim=1) if "all_images" in job.added else y[me, i]     # (A5) (B,)
+        chances = p_peer if "likely" in job.added else torch.ones_like(p_peer)      # (A6)
+        y_bar = complementary_labels(chances, y_neg)                            # (B,)
+        target = [v.to(job.device) for v in (y[me, i], clean[me, i], y_neg, y_bar)]
         with job.autocast():
             f, t_pos, t_neg, q = phase.forward[me](job.clip_model, x)           # (B, D), 2 x (C, D)
-        loss = total_loss(phase.number, data.gather(f), t_pos, t_neg, tau, target, job.args.lam,
-                          job.args.fairness_weight)
-        if job.args.mu:                                 # Eq. 8-10; keys have no gradient
+        loss = total_loss(job, phase.number, data.gather(f), t_pos, t_neg, target)
+        if phase.queues:                                # Eq. 8-10; keys have no gradient
             with torch.no_grad(), job.autocast():
                 f_key = phase.teachers[me].features(job.clip_model, x_key)      # (B, D)
                 k = data.gather(phase.teachers[me].project(f_key))    # (B, d)
             y_clean, queue = target[0].masked_fill(~target[1], -1), phase.queues[me]    # (B,)
-            loss = loss + job.args.mu * info_nce(data.gather(q), k, y_clean, queue)
+            if "label_keys" not in job.added:                                   # (A16)
+                y_clean = torch.full_like(y_clean, -1)
+            loss = loss + job.args.gamma * info_nce(data.gather(q), k, y_clean, queue)
             queue.push(k, y_clean)
         job.scaler.scale(loss).backward()
         losses.append(loss.detach())
@@ -325,48 +419,57 @@ def train_step(job, phase, batches, y, clean, p):
     skipped = job.scaler.get_scale() < scale
     if not skipped:
         phase.schedule.step()
-        most = (0.9 if job.args.mu else 0.0) if phase.number == 1 else 0.99
-        decay = min(most, phase.step / (phase.step + 9))
+        most = 0.9 if phase.number == 1 else 0.99
+        averaged = len(phase.queues) > 0 or phase.number == 2 and "ema" in job.added    # (A10)
+        decay = min(most, phase.step / (phase.step + 9)) if averaged else 0.0
         for teacher, v in zip(phase.teachers.parameters(), phase.students.parameters()):
-            teacher.lerp_(v.detach(), 1 - decay)        # EMA
+            teacher.lerp_(v.detach(), 1 - decay)
     return {"loss": sum(losses) / 2, "skipped": int(skipped)}
 
 
-def train_phase(job, number, round, students, views, labels, tables):
+def train_phase(job, number, round, students, view, labels, tables):
     """The epochs of a phase, on augmented views. labels: see select_clean; tables: p and p_clean,
-    (2, N, C) each, of the plain views. Returns the tables and the teachers after it."""
+    (2, N, C) each, of the plain views. Returns the tables and the models after it."""
     args, run, images = job.args, job.run, job.dataset.train
-    epochs = args.epochs1 if number == 1 else args.epochs2
     first = run.state["epoch"] if run.state else 0      # --resume
-    loaders = [job.load(images.view(*views), shuffle=True, drop_last=True, epoch=first,
+    loaders = [job.load(images.view(view, view), shuffle=True, drop_last=True, epoch=first,
                         seed=4 * args.seed + 2 * number + m + 1000 * round) for m in range(2)]
+    epochs = args.epochs1 if number == 1 else args.epochs2
     steps = min(epochs * len(loaders[0]), args.max_steps or math.inf)
-    epochs = math.ceil(steps / len(loaders[0]))
+    epochs, lesson = math.ceil(steps / len(loaders[0])), None
     phase = start_phase(job, number, students, max(1, steps))
-    parts = {"scaler": job.scaler, "students": students, "teachers": phase.teachers,
+    parts = {"scaler": job.scaler, "students": phase.students, "teachers": phase.teachers,
              "optimizer": phase.optimizer, "schedule": phase.schedule, "queues": phase.queues}
+    models = phase.teachers if number == 1 or "ema" in job.added else phase.students    # (A10)
     if run.state:
-        phase.step = run.restore(parts)["step"]
+        state = run.restore(parts)
+        phase.step, lesson = state["step"], state["lesson"]
     for epoch in range(first, epochs):
-        p = torch.stack([distribution_alignment(q, args.alignment) for q in tables[0]])
-        y, clean = select_clean(number, p, tables[1], labels, job.peers)      # (2, N) each
-        if number == 2 and args.rounds > 1:             # section 3.3.1: the set grows, to rho = 1
+        p = guess(tables[0], job.added)                                         # (2, N, C)
+        if lesson is None or number == 1 or "fresh" in job.added:               # (A7)
+            lesson = select_clean(number, p, tables[1], labels, job.peers, job.added)
+        y, clean = lesson                                                       # (2, N) each
+        if number == 2 and "agree" in job.added and args.rounds > 1:            # (A13)
             part = (args.rounds - 1 + epoch / max(1, epochs - 1)) / args.rounds
-            rho = args.rho + (1 - args.rho) * part
-            clean &= next_labels(tables[0], rho, args.alignment)[1]
+            lesson = y, clean = y, clean & next_labels(tables[0], job.grown(part), job.added)[1]
+        if "all_images" not in job.added and not phase.queues:      # clean images only; else (A5)
+            for loader, mine in zip(loaders, clean):
+                loader.sampler.among = mine.nonzero()[:, 0].tolist()
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
                                  f"phase {number} round {round + 1} epoch {epoch + 1}/{epochs}",
                                  steps - phase.step):
             run.rows.append(train_step(job, phase, batches, y, clean, p))
         means = run.means(f"--lr{number}")
-        tables = predict(job, phase.teachers, job.train)                        # 2 x (2, N, C)
-        p_test = tables[0] if job.test is job.train else predict(job, phase.teachers, job.test)[0]
+        judge = number == 1 or "go_on" in job.added     # else phase 1's verdicts stand
+        p, p_clean = predict(job, models, job.train, judge)                     # (2, N, C) each
+        tables = p, p_clean if judge else tables[1]
+        p_test = p if job.test is job.train else predict(job, models, job.test, False)[0]
         run.report(phase=number, round=round + 1, epoch=epoch + 1, **means,
-                   accuracy=accuracy(p_test.mean(dim=0), job.dataset.test.y_true),
-                   **diagnostics(*tables, y, clean, images.y_true))
+                   accuracy=data.accuracy(p_test.mean(dim=0), job.dataset.test.y_true),
+                   **diagnostics(tables, lesson, job.peers, images.y_true))
         run.checkpoint(parts, phase=number, round=round, epoch=epoch + 1, step=phase.step,
-                       tables=tables, labels=labels)
-    return tables, phase.teachers
+                       tables=tables, labels=labels, lesson=lesson)
+    return tables, models
 
 
 # ======== evaluation ========
@@ -384,18 +487,25 @@ def zero_shot(job, t0, loader):
 
 
 @torch.no_grad()
-def predict(job, students, loader):
-    """Both students' softmax p and p_clean for all images, each (2, N, C), on the CPU."""
-    tau = job.clip_model.logit_scale.exp()
+def predict(job, students, loader, judge=True):
+    """Both students' softmax p, and p_clean of their judges (0 without), for all images, (2, N, C)
+    each, on the CPU."""
+    clip_model, tau = job.clip_model, job.clip_model.logit_scale.exp()
     with job.autocast():
-        texts = [[t.float() for t in me.texts(job.clip_model)] for me in students]      # (C, D)
-    p, p_clean = torch.zeros(2, 2, loader.N, len(texts[0][0]))                  # (2, N, C) each
+        t_pos = [me.texts(clip_model)[0].float() for me in students]            # (C, D) each
+        judges = [getattr(me, "judge", me) for me in students]                  # (A9) itself
+        texts = [[t.float() for t in one.texts(clip_model)] for one in judges]
+    p, p_clean = torch.zeros(2, 2, loader.N, len(t_pos[0]))                     # (2, N, C) each
     for x, i in loader:                                                         # (B, 3, R, R), (B,)
-        for m, (student, (t_pos, t_neg)) in enumerate(zip(students, texts)):
+        for m, me in enumerate(students):
             with job.autocast():
-                f = student.features(job.clip_model, x)                         # (B, D)
-            p[m, i] = posterior(f, t_pos, tau).cpu()
-            p_clean[m, i] = log_p_clean(*logits(f, t_pos, t_neg, tau))[0].exp().cpu()
+                f = me.features(clip_model, x)                                  # (B, D)
+            p[m, i] = posterior(f, t_pos[m], tau).cpu()
+            if judge:
+                with job.autocast():
+                    f = f if judges[m] is me else judges[m].features(clip_model, x)
+                l_pos, l_neg = (logits(f, t, tau) for t in texts[m])            # (B, C) each
+                p_clean[m, i] = log_p_clean(l_pos, l_neg)[0].exp().cpu()
     return data.all_reduce_sum(p), data.all_reduce_sum(p_clean)
 
 
@@ -428,32 +538,26 @@ def load_prompts(path, class_names):
     return sentences
 
 
-# same in prompt_align.py
-def accuracy(p, y_true):
-    """Percent of the images whose argmax_k p_k is the true class; None without labels."""
-    if y_true is not None:
-        return round(100 * float((p.argmax(dim=1) == y_true).double().mean()), 2)
+def diagnostics(tables, lesson, peers, y_true):
+    """How good the filter is, means over both students.
 
-
-def auroc(score, right):
-    """How likely a right label scores above a wrong one. score (N,), right (N,) bool; or None."""
-    a, b = score[right].contiguous(), score[~right].sort().values
-    below = torch.searchsorted(b, a) + torch.searchsorted(b, a, right=True)     # twice, with ties
-    return float(below.double().mean()) / (2 * len(b)) if len(a) and len(b) else None
-
-
-def diagnostics(p, p_clean, y, clean, y_true):
-    """How good the filter is, as means over the two students: share and precision of the clean
-    labels, and how well p_clean and the maximum softmax each tell when the student is right."""
-    facts = {"kept": round(float(clean.float().mean()), 4)}
-    if y_true is not None:                                                      # diagnostics only
-        right = (y == y_true)[clean].double()
-        facts["precision"] = round(float(right.mean()), 4) if len(right) else None
+    Of the labels just learnt from: kept, the share that is clean; unfiltered and precision, how
+    many are right of all and of the clean ones. Of those that each student would give now: auroc of
+    the peer's p_clean and, of the same peer on the same labels, auroc_softmax; shared_errors, how
+    many of the first one's wrong labels the second one gives too."""
+    (p, p_clean), (y, clean) = tables, lesson                           # (2, N, C), (2, N) each
+    facts = {"kept": clean.double().mean()}
+    if y_true is not None:                                              # diagnostics only
+        right, labels = y == y_true, p.argmax(dim=2)                    # (2, N) each
+        wrong = labels[0] != y_true                                     # (N,)
+        facts |= {"precision": right[clean].double().mean(), "unfiltered": right.double().mean(),
+                  "shared_errors": (labels[0] == labels[1])[wrong].double().mean()}
         for key, scores in (("auroc", p_clean), ("auroc_softmax", p)):
-            each = [auroc(s.gather(1, q.argmax(1, True))[:, 0], q.argmax(1) == y_true)
-                    for q, s in zip(p, scores)]
-            facts[key] = None if None in each else round(sum(each) / 2, 4)
-    return facts
+            given = [scores[peer].gather(1, labels[me, :, None])[:, 0]          # (N,) each
+                     for me, peer in enumerate(peers)]
+            each = [data.auroc(a, y == y_true) for a, y in zip(given, labels)]
+            facts[key] = math.nan if None in each else sum(each) / 2
+    return {k: None if math.isnan(v) else round(float(v), 4) for k, v in facts.items()}
 
 
 # ======== main ========
@@ -461,7 +565,9 @@ def diagnostics(p, p_clean, y, clean, y_true):
 
 def adapt(args):
     """The whole run: CLIP's guesses, phase 1, phase 2, the files. Returns the summary."""
-    job = data.setup(args)              # run, device, dataset, clip_model; loaders train and test
+    base, added = data.recipe(args.recipe, ADDITIONS)
+    job = data.setup(args, SETTINGS[base])      # run, device, dataset, clip_model, loaders
+    job.added = added
     run, dataset, clip_model, names = job.run, job.dataset, job.clip_model, job.dataset.class_names
     if args.peft == "vpt" and not hasattr(clip_model.visual, "transformer"):
         raise data.DataError("--peft vpt needs a ViT; a ResNet takes --peft adapter")
@@ -469,7 +575,6 @@ def adapt(args):
     job.autocast = partial(torch.autocast, job.device.type, job.amp_dtype,
                            enabled=job.amp_dtype is not None)
     job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
-    job.lr2 = args.lr2 or (3e-4 if clip_model.visual.output_dim < 512 else 1e-5)
     job.peers = (0, 1) if args.judge == "self" else (1, 0)
 
     # CLIP's own guesses, helped by sentences, and the confident ones among them
@@ -477,67 +582,68 @@ def adapt(args):
     path = args.prompts if args.prompts is not None else ours if ours.is_file() else ""
     written = load_prompts(path, names) if path else [[] for _ in names]        # section 3.3.3
     run.say(f"sentences about the classes: {path or 'none'}")
-    prompts = [[template.format(c) for template in dataset.templates] + texts
-               for c, texts in zip(names, written)]
+    prompts = [[template.format(c) for template in dataset.templates] for c in names]
+    job.t0 = clip.zeroshot_classifier(clip_model, prompts)                      # (C, D)
+    prompts = [a + b if "mix_texts" in added else b or a for a, b in zip(prompts, written)]  # (A12)
     t0 = clip.zeroshot_classifier(clip_model, prompts)                          # (C, D)
     p0, p0_test = (zero_shot(job, t0, loader) for loader in (job.train, job.test))      # (N, C)
-    labels = pseudo_labels(distribution_alignment(p0, args.alignment), args.rho)        # (N,) each
-    zero = accuracy(p0_test, dataset.test.y_true)
+    K = math.ceil(args.k if args.k >= 1 else args.k * len(p0) / len(names))
+    y, confident = pseudo_labels(guess(p0[None], added)[0], K)                  # (N,) each
+    labels = torch.stack([y, y]), torch.stack([confident, confident])           # for both students
+    zero = data.accuracy(p0_test, dataset.test.y_true)
     data.report_zero_shot(job, zero)
-    weak, strong = data.augmented_views(job, lambda view: zero_shot(job, t0, job.load(view)))
+    job.grown = lambda part: math.ceil(K + (len(p0) / len(names) - K) * part * ("agree" in added))
+    weak, _ = data.augmented_views(job, lambda view: zero_shot(job, t0, job.load(view)))
 
     # two students, which differ in their random numbers, learn from each other
     tables = torch.stack([p0, p0]), torch.ones(2, *p0.shape)        # p, p_clean: (2, N, C) each
     if run.state:                                       # --resume
         tables, labels = run.state["tables"], run.state["labels"]
-    last = strong if args.strong_view else weak
-    for number, round, view in (*((1, r, weak) for r in range(args.rounds)), (2, 0, last)):
+    for number, round in (*((1, r) for r in range(args.rounds)), (2, 0)):
         if number == 1:                                 # section 3.3.1: each round starts anew
-            students = nn.ModuleList(Student(clip_model, names, dataset.templates[0], args.peft,
-                                             args.peft_size, t0 if path else None, args.mu)
-                                     for _ in range(2)).to(job.device)
+            students = nn.ModuleList(Student(
+                clip_model, names, dataset.templates[0], args, added,
+                t0 if path and "mix_texts" in added else None) for _ in range(2)).to(job.device)
         if number == 1 and round > 0 and not run.state:
-            rho = args.rho + (1 - args.rho) * round / args.rounds
-            labels = next_labels(tables[0], rho, args.alignment)                # (N,) each
+            labels = next_labels(tables[0], job.grown(round / args.rounds), added)
         if number == 2 and not args.epochs2 or run.state and (
                 run.state["phase"], run.state["round"]) > (number, round):
             continue
-        tables, teachers = train_phase(job, number, round, students, (view, weak), labels, tables)
+        tables, models = train_phase(job, number, round, students, weak, labels, tables)
         if number == 1 and args.epochs1:
             data.pseudo_label_sheet(run.out / "pseudo_labels.png", dataset.train, names,
                                     *(table.mean(dim=0) for table in tables))
 
-    p, p_clean = (table.mean(dim=0) for table in predict(job, teachers, job.test))      # (N, C)
+    p, p_clean = (table.mean(dim=0) for table in predict(job, models, job.test))      # (N, C)
     data.write_predictions(run.out / "predictions.csv", dataset.test.names, names, p, p_clean)
-    run.save("model.pt", {"models": teachers.state_dict(), "class_names": names, "peft": args.peft,
-                          "peft_size": args.peft_size, "templates": dataset.templates,
-                          "clip": job.clip_name})
+    run.save("model.pt", {"models": models.state_dict(), "class_names": names, "peft": args.peft,
+                          "peft_size": args.peft_size, "ctx": args.ctx, "recipe": args.recipe,
+                          "templates": dataset.templates, "clip": job.clip_name})
     run.say(f"results in {run.out}")
-    return run.report(zero_shot=zero, accuracy=accuracy(p, dataset.test.y_true))
+    return run.report(zero_shot=zero, accuracy=data.accuracy(p, dataset.test.y_true))
 
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     data.add_common(parser, "coft_plus", 64, "images per step and student, of all processes")
     add = parser.add_argument
+    add("--recipe", default="ours", metavar="R", help="paper (as published), ours, or a change of "
+        "one of them: ours-ema, paper+fresh+balance; the table ADDITIONS (%(default)s)")
     add("--peft", choices=["vpt", "adapter"], default="vpt", help="light visual modules: deep "
         "prompt tokens, or bottlenecks beside the MLPs (%(default)s)")
-    add("--peft-size", type=int, default=4, help="tokens per block, or width (%(default)s)")
+    add("--peft-size", type=int, help="tokens per block, or width; default of this and all below "
+        "without one: the table SETTINGS")
+    add("--ctx", type=int, metavar="L", help="context words of the prompts, 0: the template's")
+    add("--k", type=float, help="images per class to start from; below 1: as a share of N / C")
     add("--prompts", metavar="FILE", help="JSON {class: [sentence, ...]}; default: ours; '': none")
     add("--rounds", type=int, default=3, metavar="R", help="of phase 1 (%(default)s)")
-    add("--mu", type=float, default=1.0, help="weight of the contrastive loss, Eq. 8 (%(default)s)")
-    add("--epochs1", type=int, default=4, help="of each round of phase 1 (%(default)s)")
-    add("--epochs2", type=int, default=4, help="of phase 2; 0 leaves it out (%(default)s)")
-    add("--lr1", type=float, default=2e-3, help="of prompts and light modules (%(default)s)")
-    add("--lr2", type=float, help="of the image encoder; default: 3e-4 if D < 512 "
-        "(tiny), else 1e-5")
-    add("--rho", type=float, default=0.3, help="share of the images to start from (%(default)s)")
+    add("--gamma", type=float, default=1.0, help="weight of the contrastive loss (%(default)s)")
+    add("--epochs1", type=int, help="of each round of phase 1")
+    add("--epochs2", type=int, help="of phase 2; 0 leaves it out")
+    add("--lr1", type=float, help="of prompts and light modules")
+    add("--lr2", type=float, help="of the image encoder")
     add("--lam", type=float, default=1.0, help="weight of L_neg, Eq. 6 (%(default)s)")
-    add("--alignment", type=float, default=1.0, help="of the labels (%(default)s)")
-    add("--fairness-weight", type=float, default=1.0, help="wants B > C (%(default)s)")
     add("--judge", choices=["peer", "self"], default="peer", help="who teaches it (%(default)s)")
-    add("--strong-view", default=False, action=argparse.BooleanOptionalAction,
-        help="phase 2 learns from RandAugment views")
     return parser.parse_args(argv)
 
 

@@ -255,10 +255,12 @@ def cache_pixels(dataset, transforms, gb):
 
 class EpochSampler(Sampler):
     """The batches of each epoch, lists of (index, seed), from (seed, epoch) alone. Of several
-    processes each takes its shard of every batch if shuffled, else of the images (for tables)."""
+    processes each takes its shard of every batch if shuffled, else of the images (for tables).
+    `among`: the images that a shuffled epoch of unchanged length draws from; empty: all."""
     def __init__(self, n, batch_size, shuffle=False, seed=0, epoch=0, drop_last=False):
         self.n, self.shuffle, self.seed, self.epoch = n, shuffle, seed, epoch
         self.batch_size = batch_size if shuffle else max(1, batch_size // world_size())
+        self.among = []
         self.used = n if shuffle else len(shard(range(n)))
         if drop_last:                                   # but leave a batch
             self.used -= n % (batch_size if n >= batch_size else world_size())
@@ -274,7 +276,8 @@ class EpochSampler(Sampler):
         seeds, order = torch.randint(2**62, (self.n,), generator=rng).tolist(), shard(range(self.n))
         if self.shuffle:
             order = torch.randperm(self.n, generator=rng).tolist()
-        items = [(i, seeds[i]) for i in order[:self.used]]
+        among = self.among or range(self.n)
+        items = [(among[k % len(among)], seeds[k]) for k in order[:self.used]]
         for k in range(0, len(items), self.batch_size):
             batch = items[k:k + self.batch_size]
             yield shard(batch) if self.shuffle else batch
@@ -685,10 +688,24 @@ def add_common(parser, script, batch_size, what="images per step, of all process
     add("--resume", default=False, help="continue the run in --out", **switch)
 
 
-def setup(args):
+def recipe(text, additions):
+    """--recipe -> (paper or ours, names of the additions that are on). Paper has none, ours all;
+    "ours-a-b" leaves two out, "paper+a" adds one. Raises DataError."""
+    base, *changes = re.split(r"(?=[+-])", text)
+    on = set(additions) if base == "ours" else set()
+    for change in changes:
+        on = on | {change[1:]} if change[0] == "+" else on - {change[1:]}
+    if base not in ("paper", "ours") or {change[1:] for change in changes} - additions.keys():
+        raise DataError(f"--recipe {text}: expected paper or ours, then +NAME or -NAME of "
+                        f"{', '.join(additions)}")
+    return base, on
+
+
+def setup(args, settings={}):
     """What a run works with: .args, .device, .dataset, .clip_model (frozen), .clip_name, .run,
     .amp_dtype (None: full precision), .load (`DeviceLoader` with this run's settings), and loaders
-    of the plain images: .train, .test (the same one if these are one set)."""
+    of the plain images: .train, .test (the same one if these are one set). settings: {flag: (of
+    CLIPs with D < 512, of larger ones)}, for flags that were not given."""
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     dataset = broadcast_from_rank0(load, args.data, args.classes, args.template)
@@ -698,6 +715,9 @@ def setup(args):
     clip_model, _ = clip.load(weights, device=device)
     if args.weights and args.arch:
         clip.check_architecture(clip_model, args.arch)
+    for flag, values in settings.items():
+        if getattr(args, flag) is None:
+            setattr(args, flag, values[clip_model.visual.output_dim >= 512])
     run = Run(args.out, {**vars(args), "dataset": dataset.description}, args.resume)
     run.say(dataset.description)
     plain, *_ = views = transforms(clip_model.visual.input_resolution)
@@ -754,6 +774,21 @@ def augmented_views(job, posterior):
         job.run.say(f"views are {'' if flip else 'not '}mirrored: mirroring moves the zero-shot "
                     f"posteriors by {mirrored:.3f}, cropping by {cropped:.3f} (KL)")
     return transforms(size, flip)[1:]
+
+
+# ---- shared by the scripts: measures ----
+
+def accuracy(p, y_true):
+    """Percent of the images whose argmax_k p_k is the true class; None without labels."""
+    if y_true is not None:
+        return round(100 * float((p.argmax(dim=1) == y_true).double().mean()), 2)
+
+
+def auroc(score, right):
+    """How likely a right label scores above a wrong one. score (N,), right (N,) bool; or None."""
+    a, b = score[right].contiguous(), score[~right].sort().values
+    below = torch.searchsorted(b, a) + torch.searchsorted(b, a, right=True)     # twice, with ties
+    return float(below.double().mean()) / (2 * len(b)) if len(a) and len(b) else None
 
 
 # ---- shared by the scripts: several processes ----

@@ -339,19 +339,12 @@ def predict(job, learner):
     return [logits(job, learner.prompt, f.to(job.device)).cpu() for f in (job.f_train, job.f_test)]
 
 
-# same in coft.py
-def accuracy(p, y_true):
-    """Percent of the images whose argmax_k p_k is the true class; None without labels."""
-    if y_true is not None:
-        return round(100 * float((p.argmax(dim=1) == y_true).double().mean()), 2)
-
-
 def scores(job, learner):
     """Percent, or None: accuracy on the test images; likeliest candidates that are true."""
     l_train, l_test = predict(job, learner)                                     # (N, C) each
     inside = l_train.masked_fill(~learner.sets.cpu(), -math.inf)
-    return {"accuracy": accuracy(l_test, job.dataset.test.y_true),              # diagnostics only
-            "disambiguation": accuracy(inside, job.dataset.train.y_true)}
+    return {"accuracy": data.accuracy(l_test, job.dataset.test.y_true),     # diagnostics only
+            "disambiguation": data.accuracy(inside, job.dataset.train.y_true)}
 
 
 def write_disambiguated(path, images, class_names, S, l):
@@ -490,7 +483,7 @@ def adapt(args):
     about = describe_candidates(sets, y_true) + note
     run.say(f"{len(sets)} images in use, {about}")
     p0_test = zero_shot(job, job.f_test)                                        # (N, C)
-    zero = accuracy(p0_test, dataset.test.y_true)
+    zero = data.accuracy(p0_test, dataset.test.y_true)
     data.report_zero_shot(job, zero)
 
     # the prompt learns from augmented views: as CLIP is frozen, from their features

@@ -941,7 +941,7 @@ def sigmoid(v):
 def test_eq_1_5_posterior_logits_p_clean():
     torch.manual_seed(0)
     f, t, t_neg, tau = unit(4, 8), unit(3, 8), unit(3, 8), torch.tensor(7.0)
-    p, (l_pos, l_neg) = coft.posterior(f, t, tau), coft.logits(f, t, t_neg, tau)
+    p, l_pos, l_neg = coft.posterior(f, t, tau), coft.logits(f, t, tau), coft.logits(f, t_neg, tau)
     clean, unclean = coft.log_p_clean(l_pos, l_neg)
     for b in range(4):
         e = [math.exp(7 * sum(f[b, d].item() * t[k, d].item() for d in range(8))) for k in range(3)]
@@ -958,12 +958,13 @@ def test_eq_1_5_posterior_logits_p_clean():
 def test_eq_1_pseudo_labels():
     p0 = torch.tensor([[.9, .1, .0], [.6, .3, .1], [.7, .1, .2], [.2, .8, .0], [.1, .7, .2],
                        [.45, .15, .4]])
-    y, confident = coft.pseudo_labels(p0, 0.4)          # ceil(6 * .4 / 3) = 1 of each class
+    y, confident = coft.pseudo_labels(p0, 1)            # the surest image of each class
     assert y.tolist() == [0, 0, 0, 1, 1, 2]             # nobody's class 2 takes its likeliest image
     assert confident.tolist() == [True, False, False, True, False, True]
-    y, confident = coft.pseudo_labels(p0[:5, :2], 0.7)  # ceil(5 * .7 / 2) = 2 of each class
+    y, confident = coft.pseudo_labels(p0[:5, :2], 2)
     assert y.tolist() == [0, 0, 0, 1, 1] and confident.tolist() == [True, False, True, True, True]
-    assert coft.pseudo_labels(p0[:, :2], 1.0)[1].sum() == 5         # three of four, two of two
+    assert coft.pseudo_labels(p0[:, :2], 3)[1].sum() == 5           # three of four, two of two
+    assert coft.pseudo_labels(p0, 16)[1].all()                      # fewer images than K
 
 
 def test_eq_4_6_losses():
@@ -990,6 +991,9 @@ def test_complementary_labels():
     assert share[0] == 0 and torch.allclose(share, torch.tensor([0, .6, .4, .0]), atol=0.02)
     sure = F.one_hot(torch.arange(4)).float()                       # nothing left without y
     assert (coft.complementary_labels(sure, torch.arange(4)) != torch.arange(4)).all()
+    y_bar = coft.complementary_labels(torch.ones(20_000, 4), torch.full((20_000,), 2))  # as printed
+    share = torch.bincount(y_bar, minlength=4) / 20_000
+    assert share[2] == 0 and torch.allclose(share[[0, 1, 3]], torch.tensor(1 / 3), atol=0.02)
 
 
 def test_alignment_and_fairness():
@@ -997,35 +1001,87 @@ def test_alignment_and_fairness():
     a, b = (.8 / .6, .2 / .4), (.4 / .6, .6 / .4)
     want = torch.tensor([[a[0] / sum(a), a[1] / sum(a)], [b[0] / sum(b), b[1] / sum(b)]])
     assert torch.allclose(coft.distribution_alignment(p), want)
-    assert torch.allclose(coft.distribution_alignment(p, 0.0), p)
+    assert torch.equal(coft.guess(p[None], {"balance"})[0], coft.distribution_alignment(p))
+    assert torch.equal(coft.guess(p[None], set())[0], p)
     assert coft.fairness(p.log()).item() == pytest.approx(-(math.log(.6) + math.log(.4)) / 2)
     assert torch.isfinite(coft.fairness(torch.tensor([[1000.0, 0.0]])))
 
 
 def test_accuracy_and_auroc():
     p = torch.eye(3)
-    assert coft.accuracy(p, torch.tensor([0, 1, 1])) == 66.67 and coft.accuracy(p, None) is None
+    assert data.accuracy(p, torch.tensor([0, 1, 1])) == 66.67 and data.accuracy(p, None) is None
     for seed in range(5):
         g = torch.Generator().manual_seed(seed)
         score = torch.randint(8, (60,), generator=g) / 8            # many ties
         right = torch.rand(60, generator=g) < 0.6
         pairs = [(a > b) + (a == b) / 2
                  for a in score[right].tolist() for b in score[~right].tolist()]
-        assert coft.auroc(score, right) == pytest.approx(sum(pairs) / len(pairs), abs=1e-4)
-    assert coft.auroc(score, torch.ones(60, dtype=torch.bool)) is None
+        assert data.auroc(score, right) == pytest.approx(sum(pairs) / len(pairs), abs=1e-4)
+    assert data.auroc(score, torch.ones(60, dtype=torch.bool)) is None
 
 
-def test_the_peer_selects():
+def test_diagnostics_are_plain_loops():
+    g = torch.Generator().manual_seed(0)
+    p, p_clean = (torch.rand(2, 40, 3, generator=g).softmax(dim=2) for _ in range(2))
+    y, y_true = torch.randint(3, (2, 40), generator=g), torch.randint(3, (40,), generator=g)
+    clean = torch.rand(2, 40, generator=g) < 0.6
+    found = coft.diagnostics((p, p_clean), (y, clean), (1, 0), y_true)
+    pairs = [(m, n) for m in (0, 1) for n in range(40)]
+    right = {(m, n): bool(y[m, n] == y_true[n]) for m, n in pairs}
+    kept = [mn for mn in pairs if clean[mn]]
+    label = p.argmax(dim=2)
+    wrong = [n for n in range(40) if label[0, n] != y_true[n]]
+    want = {"kept": len(kept) / 80, "unfiltered": sum(right.values()) / 80,
+            "precision": sum(right[mn] for mn in kept) / len(kept),
+            "shared_errors": sum(bool(label[0, n] == label[1, n]) for n in wrong) / len(wrong)}
+    for key, table in (("auroc", p_clean), ("auroc_softmax", p)):      # the other one judges
+        each = []
+        for me, peer in ((0, 1), (1, 0)):
+            score = [float(table[peer, n, label[me, n]]) for n in range(40)]
+            good = [score[n] for n in range(40) if label[me, n] == y_true[n]]
+            bad = [score[n] for n in range(40) if label[me, n] != y_true[n]]
+            each.append(sum((a > b) + (a == b) / 2 for a in good for b in bad)
+                        / len(good) / len(bad))
+        want[key] = sum(each) / 2
+    assert found == pytest.approx(want, abs=1e-4)
+    assert coft.diagnostics((p, p_clean), (y, clean), (1, 0), None).keys() == {"kept"}
+
+
+def test_who_labels_and_who_judges():                   # section 3.2.2
     p = torch.tensor([[[.9, .1], [.6, .4], [.3, .7]], [[.2, .8], [.7, .3], [.4, .6]]])
     p_clean = torch.tensor([[[.9, .9], [.2, .9], [.9, .4]], [[.1, .6], [.8, .1], [.9, .9]]])
-    labels = torch.tensor([0, 0, 1]), torch.tensor([True, False, True])
+    labels = torch.tensor([[0, 0, 1], [1, 0, 1]]), torch.tensor([[True, False, True]] * 2)
 
-    def select(phase, peers=(1, 0)):
-        y, clean = coft.select_clean(phase, p, p_clean, labels, peers)
+    def select(phase, *added, peers=(1, 0)):
+        y, clean = coft.select_clean(phase, p, p_clean, labels, peers, set(added))
         return y.tolist(), clean.int().tolist()
-    assert select(1) == ([[0, 0, 1]] * 2, [[0, 0, 1], [1, 0, 0]])
-    assert select(2) == ([[1, 0, 1], [0, 0, 1]], [[1, 1, 1], [1, 0, 0]])
-    assert select(2, peers=(0, 1)) == ([[0, 0, 1], [1, 0, 1]], [[1, 0, 0], [1, 1, 1]])
+    assert select(1) == ([[0, 0, 1], [1, 0, 1]], [[1, 0, 1]] * 2)   # as published: no filter
+    assert select(1, "filter1") == ([[0, 0, 1], [1, 0, 1]], [[0, 0, 1], [1, 0, 0]])
+    y, clean = select(2)                                # the own label, the peer's verdict
+    for me, peer in ((0, 1), (1, 0)):
+        assert y[me] == [int(p[me, n, 1] > p[me, n, 0]) for n in range(3)]
+        assert clean[me] == [int(p_clean[peer, n, y[me][n]] > 0.5) for n in range(3)]
+    assert select(2, "one_judge") == ([[1, 0, 1], [0, 0, 1]], [[1, 1, 1], [1, 0, 0]])
+    for added in ((), ("one_judge",)):
+        assert select(2, *added, peers=(0, 1)) == ([[0, 0, 1], [1, 0, 1]], [[1, 0, 0], [1, 1, 1]])
+
+
+def test_recipe():
+    every = set(coft.ADDITIONS)
+    assert data.recipe("paper", coft.ADDITIONS) == ("paper", set())
+    assert data.recipe("ours", coft.ADDITIONS) == ("ours", every)
+    assert data.recipe("ours-ema-fresh", coft.ADDITIONS) == ("ours", every - {"ema", "fresh"})
+    assert data.recipe("paper+ema", coft.ADDITIONS) == ("paper", {"ema"})
+    for text in ("theirs", "ours-", "paper+bananas", "ours-ema+bananas", ""):
+        with pytest.raises(data.DataError, match=f"--recipe {re.escape(text)}: expected paper or"):
+            data.recipe(text, coft.ADDITIONS)
+    assert set(coft_plus.ADDITIONS) > every
+    for script in (coft, coft_plus):                    # each stands where the table says
+        source = inspect.getsource(script)
+        for n, (name, line) in enumerate(script.ADDITIONS.items(), 1):
+            assert line.startswith(f"A{n} ") and source.count(f"(A{n})") >= 1, name
+            for place in line.split(": ")[-1].split(", "):
+                assert hasattr(script, place) or place in dir(script.Student), (name, place)
 
 
 # ======== coft.py: modules and gradients ========
@@ -1046,18 +1102,30 @@ def test_prompt_starts_at_zero_shot(vit, template, monkeypatch):
     want = F.normalize(vit.encode_text(clip.tokenize([words.format(c) for c in NAMES])), dim=-1)
     for specific in (False, True):
         monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
-        prompt = coft.Prompt(vit, NAMES, template, specific)
+        prompt = coft.Prompt(vit, NAMES, template, 0, specific)
         assert prompt.ctx.shape[0] == (3 if specific else 1)
         assert torch.allclose(prompt(vit), want, atol=1e-5)
         monkeypatch.setattr(torch, "randn_like", lambda v: 30 * torch.randn(v.shape))
-        noisy = coft.Prompt(vit, NAMES, template, specific)
+        noisy = coft.Prompt(vit, NAMES, template, 0, specific)
         assert not torch.allclose(noisy(vit), want, atol=1e-4)
+        monkeypatch.undo()
+        drawn = coft.Prompt(vit, NAMES, template, 16, specific)         # 16 random words
+        assert drawn.ctx.shape == (3 if specific else 1, 16, 64)
+        words = vit.token_embedding.weight.detach()
+        assert float(drawn.ctx.detach().std()) == pytest.approx(float(words.std()), rel=0.1)
+        assert drawn(vit).shape == want.shape
+
+
+def student_of(model, names=NAMES, peft="vpt", added=frozenset(coft.ADDITIONS)):
+    """A student of coft.py, by default with all that is added to the paper."""
+    args = SimpleNamespace(peft=peft, peft_size=4, ctx=0)
+    return coft.Student(model, names, "a {}.", args, added)
 
 
 def test_adapters_start_at_clip(vit, resnet):
     for model in (vit, resnet):
         x = golden_images(2, model.visual.input_resolution)
-        student = coft.Student(model, NAMES, "a {}.", "adapter", 4)
+        student = student_of(model, peft="adapter")
         want = F.normalize(model.encode_image(x), dim=-1)
         assert torch.allclose(student.features(model, x), want, atol=1e-6)
         student.features(model, x)[:, 0].sum().backward()
@@ -1066,14 +1134,34 @@ def test_adapters_start_at_clip(vit, resnet):
 
 @pytest.mark.parametrize("peft", ["vpt", "adapter"])
 def test_phase_2_starts_where_phase_1_ended(frozen, peft):
-    student, x = coft.Student(frozen, NAMES, "a {}.", peft, 4), golden_images(2, 32)
+    student, x = student_of(frozen, peft=peft), golden_images(2, 32)
     for v in student.parameters():
         v.data += 0.01 * torch.randn_like(v)
     before = student(frozen, x)
-    student.start_phase2(frozen)
+    student.continue_in_phase2(frozen)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(student(frozen, x), before))
     student.visual.proj.data.zero_()                                # its own copy
     assert frozen.visual.proj.any()
+
+
+def test_full_model_is_an_fc_layer_on_a_fresh_encoder(frozen):    # Eq. (7)
+    student, x, t0 = student_of(frozen, added=set()), golden_images(2, 32), unit(3, 64)
+    before, tau = student(frozen, x), frozen.logit_scale.exp()
+    model = coft.FullModel(frozen, t0, student)
+    f, t, none = model(frozen, x)
+    plain = F.normalize(frozen.encode_image(x), dim=1)              # no visual prompts
+    torch.testing.assert_close(coft.logits(f, t, tau), tau * plain @ t0.T)
+    model.fc.data += 0.1 * torch.randn_like(model.fc)
+    W, b = model.fc[:, :-1], model.fc[:, -1]
+    l = coft.logits(*model(frozen, x)[:2], tau)
+    for n in range(2):
+        for k in range(3):
+            want = sum(float(W[k, d] * plain[n, d]) for d in range(64)) + float(b[k])
+            assert float(l[n, k]) == pytest.approx(want, rel=1e-4) and none is None
+    l[0, 0].backward()
+    assert model.visual.proj.grad.any() and model.fc.grad[0, -1] == pytest.approx(1)
+    assert all(torch.equal(a, b) for a, b in zip(model.judge(frozen, x), before))
+    assert not any(v.requires_grad for v in model.judge.parameters())
 
 
 def gradients(frozen, student, loss):
@@ -1090,27 +1178,30 @@ def gradients(frozen, student, loss):
 
 def test_gradients(frozen):
     torch.manual_seed(0)
-    student, x = coft.Student(frozen, shapes.SHAPES, "a {}.", "vpt", 4), golden_images(6, 32)
-    y, y_bar, tau = torch.arange(6), torch.arange(1, 7), frozen.logit_scale.exp()
+    x, y, y_bar = golden_images(6, 32), torch.arange(6), torch.arange(1, 7)
     all_, none = torch.ones(6, dtype=torch.bool), torch.zeros(6, dtype=torch.bool)
 
-    def loss(phase, clean, lam, fairness_weight=0.0):
-        return coft.total_loss(phase, *student(frozen, x), tau, (y, clean, y, y_bar), lam,
-                               fairness_weight)
+    def loss(phase, clean, lam, *added):
+        job = SimpleNamespace(clip_model=frozen, args=SimpleNamespace(lam=lam), added=added)
+        return coft.total_loss(job, phase, *student(frozen, x), (y, clean, y, y_bar))
+    student = student_of(frozen, shapes.SHAPES, added=set())        # as published
     l_cls, l_neg = loss(1, all_, 0.0).item(), loss(1, none, 1.0).item()
     assert loss(1, all_, 0.5).item() == pytest.approx(l_cls + 0.5 * l_neg, rel=1e-5)
     assert gradients(frozen, student, loss(1, all_, 0.0)) == {"V+", "prompts"}
-    assert gradients(frozen, student, loss(1, none, 1.0)) == {"V-", "prompts"}
-    assert gradients(frozen, student, loss(1, all_, 0.0, 1.0)) == {"V+", "prompts"}
-    assert not gradients(frozen, student, loss(1, none, 0.0, 1.0))  # fairness alone: left out
-    student.start_phase2(frozen)
-    for weight in (0.0, 1.0):                           # L_neg alone: a spectator, only t- learns
-        assert gradients(frozen, student, loss(2, none, 1.0, weight)) == {"classifier"}
+    assert gradients(frozen, student, loss(1, none, 1.0)) == {"V+", "V-", "prompts"}
+    assert gradients(frozen, student, loss(1, none, 1.0, "all_images")) == {"V-", "prompts"}
+    student = student_of(frozen, shapes.SHAPES)
+    assert gradients(frozen, student, loss(1, all_, 0.0, "fairness")) == {"V+", "prompts"}
+    assert not gradients(frozen, student, loss(1, none, 0.0, "fairness"))   # not alone
+    assert loss(1, all_, 1.0, "fairness") > loss(1, all_, 1.0)
+    student.continue_in_phase2(frozen)
+    for added in (["go_on"], ["go_on", "fairness"]):    # L_neg alone: a spectator, only t- learns
+        assert gradients(frozen, student, loss(2, none, 1.0, *added)) == {"classifier"}
         grad_pos, grad_neg = student.classifier.grad
         assert not grad_pos.any() and grad_neg.any()
-    assert gradients(frozen, student, loss(2, all_, 1.0)) == {"visual", "classifier", "prompts"}
-    assert student.classifier.grad[0].any()
-    assert loss(2, all_, 1.0, 1.0) > loss(2, all_, 1.0)
+    assert loss(2, all_, 1.0).item() == loss(2, all_, 0.0, "go_on").item()  # Eq. (7) alone
+    trained = gradients(frozen, student, loss(2, all_, 1.0, "go_on"))
+    assert trained == {"visual", "classifier", "prompts"} and student.classifier.grad[0].any()
 
 
 # ======== coft.py: runs ========
@@ -1174,16 +1265,17 @@ def little(drawn, monkeypatch):
     monkeypatch.setattr(shapes, "pictures", lambda name, part: drawn[part])
 
 
-@pytest.mark.parametrize("peft", ["vpt", "adapter"])
-def test_run_folder(little, drawn, tmp_path, peft, monkeypatch, capsys):
+@pytest.mark.parametrize("recipe, peft", [("ours", "vpt"), ("ours", "adapter"), ("paper", "vpt")])
+def test_run_folder(little, drawn, tmp_path, recipe, peft, monkeypatch, capsys):
     loaded, load = [], clip.load
     monkeypatch.setattr(clip, "load", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
-    assert run(tmp_path / "run", "--peft", peft, "--max-steps", 4) == 0
+    assert run(tmp_path / "run", "--recipe", recipe, "--peft", peft, "--max-steps", 4) == 0
     assert sorted(os.listdir(tmp_path / "run")) == ["args.json", "last.pt", "log.jsonl", "model.pt",
                                                     "predictions.csv", "pseudo_labels.png"]
     (first, *epochs, last), (header, *rows), saved = read(tmp_path / "run")
     assert first == json.loads((tmp_path / "run" / "args.json").read_text())
     assert first["peft"] == peft and first["max_steps"] == 4 and first["seed"] == 0
+    assert first["recipe"] == recipe and first["lr1"] == coft.SETTINGS[recipe]["lr1"][0]
     assert [(e["phase"], e["epoch"]) for e in epochs] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     for e in epochs:
         assert math.isfinite(e["loss"]) and 0 <= e["kept"] <= 1 and 0 <= e["accuracy"] <= 100
@@ -1199,15 +1291,21 @@ def test_run_folder(little, drawn, tmp_path, peft, monkeypatch, capsys):
     (used, preprocess), (untouched, _) = loaded[-1], load("tiny")   # CLIP is as it was
     assert equal(used.state_dict(), untouched.state_dict())
 
-    students = torch.nn.ModuleList(coft.Student(untouched, saved["class_names"],
-                                                saved["templates"][0], peft, 4)
-                                   for _ in range(2))               # model.pt is what predicted
-    for student in students:
-        student.start_phase2(untouched)
+    _, added = data.recipe(saved["recipe"], coft.ADDITIONS)         # model.pt is what predicted
+    students = torch.nn.ModuleList(coft.Student(
+        untouched, saved["class_names"], saved["templates"][0], SimpleNamespace(**saved), added)
+        for _ in range(2))
+    if recipe == "ours":
+        for student in students:
+            student.continue_in_phase2(untouched)
+    else:
+        students = torch.nn.ModuleList(coft.FullModel(untouched, unit(10, 64), student)
+                                       for student in students)
     start = {k: v.clone() for k, v in students.state_dict().items()}
     students.load_state_dict(saved["models"])
     moved = {k for k, v in saved["models"].items() if not torch.equal(v, start[k])}
-    assert moved >= {f"{m}.{k}" for m in (0, 1) for k in ("visual.proj", "classifier")}
+    assert moved >= {f"{m}.{k}" for m in (0, 1) for k in ("visual.proj", "classifier" if
+                                                          recipe == "ours" else "fc")}
     loader = data.DeviceLoader(data.load("demo").test.view(data.transforms(32)[0]), 50)
     job = SimpleNamespace(clip_model=untouched, autocast=nullcontext)
     p, p_clean = (table.mean(dim=0) for table in coft.predict(job, students, loader))
@@ -1220,9 +1318,9 @@ def test_flags_and_seed(little, tmp_path):
     seen = []
     for k, flags in enumerate((
             [], ["--seed", 1], ["--judge", "self"], ["--lam", 0.5], ["--epochs2", 0],
-            ["--epochs1", 0], ["--alignment", 0], ["--fairness-weight", 0], ["--strong-view"],
+            ["--epochs1", 0], ["--recipe", "paper"], ["--ctx", 4],
             ["--no-flip"], ["--amp", "bf16"], ["--peft-size", 1], ["--template", "{}."],
-            ["--rho", 0.9], ["--lr1", 0.01], ["--lr2", 0.01])):
+            ["--k", 9], ["--lr1", 0.01], ["--lr2", 0.01])):
         assert run(tmp_path / str(k), "--max-steps", 2, *flags) == 0
         lines, rows, _ = read(tmp_path / str(k))
         assert len(rows) == 51 and all(math.isfinite(line["loss"]) for line in lines[1:-1])
@@ -1230,6 +1328,19 @@ def test_flags_and_seed(little, tmp_path):
         seen.append(rows)
     assert run(tmp_path / "again", "--max-steps", 2) == 0
     same_result(tmp_path / "0", tmp_path / "again")
+
+
+def test_each_addition_alone(little, tmp_path):
+    """Every one can be left out, alone, and does something."""
+    seen = {}
+    for name in ["", *coft_plus.ADDITIONS]:
+        recipe = f"ours-{name}" if name else "ours"
+        assert run(tmp_path / recipe, "--recipe", recipe, "--epochs2", 2, "--max-steps", 4,
+                   script=coft_plus) == 0
+        lines, rows, _ = read(tmp_path / recipe)
+        assert all(math.isfinite(line["loss"]) for line in lines[1:-1])
+        assert rows not in seen.values(), (recipe, [k for k, v in seen.items() if v == rows])
+        seen[recipe] = rows
 
 
 def save_pictures(root, drawn, train="train/{c}/{i:03d}.png", test="test/{c}/{i:03d}.png"):
@@ -1303,6 +1414,7 @@ def test_user_errors(drawn, little, tmp_path, capsys, monkeypatch):
             (["--weights", str(Path(clip.__file__).with_name("tiny.pt")), "--arch", "ViT-B/16"],
              "the weights are not those of ViT-B/16: resolution 32"),
             (["--device", "foo"], "--device foo cannot be used"),
+            (["--recipe", "mine"], "--recipe mine: expected paper or ours, then"),
             (["--batch-size", "0"], "--batch-size 0 is too small"), (["--lr1", "nan"], "--lr1 nan"),
             (["--out", "page.pt/run"], "page.pt"), (["--resume"], "out holds no run to --resume")):
         assert run("out", *args) == 2, args
@@ -1387,26 +1499,38 @@ def test_texts_are_the_mean_of_the_sentences(frozen):  # section 3.3.3
         torch.testing.assert_close(row, F.normalize(t, dim=0), atol=1e-5, rtol=0)
 
 
-def test_next_labels_are_agreed_on():                   # section 3.3.1
+def test_each_student_has_its_own_next_labels():        # section 3.3.1
     p = torch.tensor([[[.9, .1], [.8, .2], [.3, .7], [.1, .9]], [[.7, .3], [.3, .7], [.2, .8],
                                                                  [.4, .6]]])
-    y, confident = coft_plus.next_labels(p, 1.0, 1.0)
-    assert y.tolist() == [0, 0, 1, 1] and confident.tolist() == [True, False, True, True]
-    y, confident = coft_plus.next_labels(p, 0.5, 1.0)   # of each class the surer half
-    assert confident.tolist() == [True, False, True, False]
+    y, confident = coft_plus.next_labels(p, 1, set())   # the surest of each class
+    assert y.tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]
+    assert confident.tolist() == [[True, False, False, True], [True, False, True, False]]
+    added = {"agree", "balance"}
+    y, confident = coft_plus.next_labels(p, 2, added)
+    assert y.tolist() == [[0, 0, 1, 1]] * 2
+    assert confident.tolist() == [[True, False, True, True]] * 2
+    _, confident = coft_plus.next_labels(p, 1, added)   # of each class the surer half
+    assert confident.tolist() == [[True, False, True, False]] * 2
 
 
-def test_only_the_query_side_learns(frozen):
+@pytest.mark.parametrize("added", [{"project"}, set()])
+def test_only_the_query_side_learns(frozen, added):
     torch.manual_seed(0)
-    student = coft_plus.Student(frozen, shapes.SHAPES, "a {}.", "vpt", 2, None, True)
+    args = SimpleNamespace(peft="vpt", peft_size=2, ctx=0, gamma=1.0)
+    student = coft_plus.Student(frozen, shapes.SHAPES, "a {}.", args, added, None)
+    if not added:                                       # phase 2, as published: features
+        student = coft_plus.FullModel(frozen, unit(10, 64), student)
     teacher, queue = copy.deepcopy(student).requires_grad_(False), coft_plus.Queue(16, 64)
     x, none = torch.randn(4, 3, 32, 32), torch.full((4,), -1)       # no label is clean
-    f, _, _, q = student(frozen, x)
+    *_, q = student(frozen, x)
     k = teacher.project(teacher.features(frozen, x))
+    torch.testing.assert_close(q, k)
+    torch.testing.assert_close(q.norm(dim=1), torch.ones(4))
     coft_plus.info_nce(q, k, none, queue).backward()
-    assert all(v.grad is not None and v.grad.abs().max() > 0
-               for v in (student.prompts, *student.head.parameters()))
-    assert student.pos.ctx.grad is None and student.neg.ctx.grad is None
+    learns = [student.visual.proj] if not added else [student.prompts, *student.head.parameters()]
+    assert all(v.grad is not None and v.grad.abs().max() > 0 for v in learns)
+    if added:
+        assert student.pos.ctx.grad is None and student.neg.ctx.grad is None
     assert all(v.grad is None for v in (*teacher.parameters(), *frozen.parameters()))
 
 
@@ -1430,13 +1554,13 @@ def test_our_prompts_fit_their_data_sets():
     folder = Path(coft_plus.__file__).with_name("prompts")
     names = {known.folders[0] for known in data.SETS} | {"demo"}
     files = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
-    assert len(files) == 11 and files.keys() <= names
-    assert sum(len(texts) for table in files.values() for texts in table.values()) == 4160
+    assert len(files) == 13 and files.keys() <= names | {"digits", "letters"}
+    assert sum(len(texts) for table in files.values() for texts in table.values()) == 4520
     assert files["demo"].keys() == set(shapes.SHAPES) and len(files["oxford_pets"]) == 37
 
 
 def test_without_its_parts_it_is_coft(little, tmp_path):
-    off = ["--rounds", 1, "--mu", 0, "--prompts", "", "--max-steps", 2]
+    off = ["--rounds", 1, "--gamma", 0, "--prompts", "", "--max-steps", 2]
     assert run(tmp_path / "plus", *off, script=coft_plus) == 0
     assert run(tmp_path / "coft", "--epochs1", 1, "--epochs2", 1, "--max-steps", 2) == 0
     (_, rows, _), (_, rows_plus, _) = read(tmp_path / "coft"), read(tmp_path / "plus")
@@ -1875,9 +1999,9 @@ MODULES = {"coft": coft, "coft_plus": coft_plus, "prompt_align": pa}
 
 
 def test_copies_are_the_same():
-    for name, scripts in (("accuracy", MODULES), ("main", MODULES),
-                          ("auroc", ("coft", "coft_plus")), ("diagnostics", ("coft", "coft_plus")),
+    for name, scripts in (("main", MODULES), ("diagnostics", ("coft", "coft_plus")),
                           ("total_loss", ("coft", "coft_plus")), ("Prompt", ("coft", "coft_plus")),
+                          ("guess", ("coft", "coft_plus")), ("predict", ("coft", "coft_plus")),
                           ("select_clean", ("coft", "coft_plus"))):
         assert len({inspect.getsource(getattr(MODULES[script], name)) for script in scripts}) == 1
 
@@ -1934,6 +2058,7 @@ def processes(n, script, out, *argv, spy=None, at=None, do=None, who=None):
 
 @pytest.mark.parametrize("script, flags", [
     ("coft", ["--epochs2", 0]), ("coft", ["--epochs1", 0]), ("coft_plus", ["--epochs1", 0]),
+    ("coft", ["--recipe", "paper"]), ("coft_plus", ["--recipe", "paper", "--epochs1", 0]),
     ("prompt_align", ["--objective", "pico"]),
     ("prompt_align", ["--objective", "crdpll", "--passes", 1])])
 def test_two_processes_are_one(tmp_path, script, flags):
@@ -1953,10 +2078,11 @@ def test_two_processes_are_one(tmp_path, script, flags):
     assert abs(one[-1]["accuracy"] - two[-1]["accuracy"]) <= 4      # two images of fifty
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_kill_and_resume(little, tmp_path, script, capsys):
+@pytest.mark.parametrize("script, flags", [
+    ("coft", []), ("coft_plus", []), ("coft_plus", ["--recipe", "paper"]),
+    ("prompt_align", ["--objective", "pico"])])
+def test_kill_and_resume(little, tmp_path, script, flags, capsys):
     """A killed run goes on to the same weights, tables and log, bit for bit."""
-    flags = ["--objective", "pico"] if script == "prompt_align" else []
     main, argv = MODULES[script].main, [*SCRIPTS[script], *flags, "--out"]
     assert main([*argv, str(tmp_path / "whole")]) == 0
     steps = 3                                           # of an epoch
@@ -1990,6 +2116,7 @@ def test_processes_that_fail(tmp_path):
 
 def test_mixed_precision(little, tmp_path, capsys):
     found, few = {}, ["--batch-size", 4, "--epochs1", 1, "--epochs2", 0, "--max-steps", 4]
+    assert run(tmp_path / "paper", "--recipe", "paper", "--amp", "bf16", "--max-steps", 2) == 0
     for amp in ("off", "bf16", "fp16"):                 # fp16: its first steps overflow
         assert run(tmp_path / amp, "--amp", amp, *few) == 0
         found[amp] = epochs_of(tmp_path / amp)[1]

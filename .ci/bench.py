@@ -99,7 +99,7 @@ class Usual(nn.Module):
         tau = self.clip.logit_scale.exp()
         with autocast():
             f, t_pos, t_neg = self.features(x), self.text(self.pos), self.text(self.neg)
-        l_pos, l_neg = coft.logits(f, t_pos, t_neg, tau)                            # (B, C) each
+        l_pos, l_neg = coft.logits(f, t_pos, tau), coft.logits(f, t_neg, tau)       # (B, C) each
         loss = coft.loss_cls(l_pos, y, keep) + coft.loss_neg(l_pos, l_neg, y, y_bar)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -129,10 +129,11 @@ def a_job(o, **flags):
     """What the scripts' training steps need, as data.setup makes it."""
     dataset = SimpleNamespace(train=range(4 * o.B), class_names=o.names, templates=[TEMPLATE])
     return SimpleNamespace(
-        args=SimpleNamespace(batch_size=o.B, lr1=2e-3, lam=1.0, fairness_weight=1.0, mu=1.0, seed=0,
-                             teacher="mixed", **flags),
+        args=SimpleNamespace(batch_size=o.B, lr1=2e-3, lr2=1e-5, lam=1.0, gamma=1.0, seed=0, ctx=0,
+                             peft="vpt", peft_size=4, teacher="mixed", **flags),
         device=o.device, clip_model=o.model, dataset=dataset, autocast=o.autocast, scaler=o.scaler,
-        lr2=1e-5, peers=(1, 0), tau=o.model.logit_scale.exp(), ctx=16, lr=2e-3)
+        added=set(coft_plus.ADDITIONS), peers=(1, 0), tau=o.model.logit_scale.exp(), ctx=16,
+        lr=2e-3)
 
 
 def two_models(script, phase, o):
@@ -140,9 +141,9 @@ def two_models(script, phase, o):
     extra = ()
     if plus:
         t0 = torch.randn(o.C, o.model.visual.output_dim, device=o.device)
-        extra = F.normalize(t0, dim=1), True
-    students = nn.ModuleList(script.Student(o.model, o.names, TEMPLATE, "vpt", 4, *extra)
-                             for _ in range(2)).to(o.device)
+        extra = F.normalize(t0, dim=1),
+    students = nn.ModuleList(script.Student(o.model, o.names, TEMPLATE, job.args, job.added,
+                                            *extra) for _ in range(2)).to(o.device)
     state = script.start_phase(job, phase, students, 1000)
     for student in students if phase == 2 and o.compiled else ():
         student.visual.compile()

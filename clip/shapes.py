@@ -52,6 +52,8 @@ STYLES = {
     "beads": replace(CLEAN, fill={"dotted": 1}, stroke=(2.2, 3.0)),
     "neon": replace(CLEAN, fill={"outline": 1}, stroke=(1.6, 2.4), blur=(1.0, 1.4),
                     slant=(-0.5, -0.35)),
+    "torn": replace(CLEAN, fill={"solid": 1, "textured": 1}, jagged=1.2, rotate=(-26, -16)),
+    "crowd": replace(CLEAN, clutter=(2, 4), size=(0.5, 0.75), slant=(-0.3, -0.15)),
     "longtail": replace(NARROW, rarest=0.1),                    # ten circles for one diamond
 }
 

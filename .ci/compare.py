@@ -1,0 +1,113 @@
+#!/usr/bin/env python
+"""All methods on the same ground: the table of README. Not in CI's path; hours on a laptop.
+
+    python .ci/compare.py --out runs/compare --worlds narrow,slanted --seeds 0,1,2
+    python .ci/compare.py --out runs/compare --glyphs glyphs --worlds mnist,letters
+    python .ci/compare.py softmax --data demo:torn          # the one method that is written here
+
+Worlds are styles of the demo, and mnist and letters as .ci/handwriting.py leaves them in --glyphs.
+Every run is a command, printed before it runs and skipped if --out holds its result, so that the
+script can be stopped, and started again with more methods, worlds and seeds. The table at the end
+has the test accuracy of the last epoch, mean and standard deviation over the seeds.
+"""
+import argparse
+import json
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+PEERS = ["upl", "grip", "cpl", "lafter", "fixmatch", "deft"]
+METHODS = {
+    **{name: [".ci/peers.py", name] for name in PEERS},
+    "softmax": [".ci/compare.py", "softmax"],
+    "coft paper": ["coft.py", "--recipe", "paper"], "coft ours": ["coft.py"],
+    "coft_plus paper": ["coft_plus.py", "--recipe", "paper"], "coft_plus ours": ["coft_plus.py"],
+    "coft_plus paper without sentences": ["coft_plus.py", "--recipe", "paper", "--prompts", ""],
+    "coft_plus ours without sentences": ["coft_plus.py", "--prompts", ""],
+    "prompt_align q=0.3": ["prompt_align.py", "--q", "0.3"],
+    "supervised": [".ci/peers.py", "supervised"]}
+GLYPHS = {"mnist": ("a photo of the number {}.", "digits"), "letters": ("the letter {}", "letters")}
+
+
+def softmax(argv):
+    """coft.py where the peer's largest softmax filters instead of its p_clean, as many labels of
+    each student as p_clean would have kept. Flags are coft.py's."""
+    import coft
+    select_clean = coft.select_clean
+
+    def select_sure(phase, p, p_clean, labels, peers, added):
+        y, clean = select_clean(phase, p, p_clean, labels, peers, added)        # (2, N) each
+        for me, peer in enumerate(peers):
+            sure = p[peer].gather(1, y[me, :, None])[:, 0]                      # (N,)
+            if phase == 1:
+                sure = sure.masked_fill(~labels[1][me], -1)                     # of S*
+            best = sure.topk(int(clean[me].sum())).indices
+            clean[me] = False
+            clean[me, best] = True
+        return y, clean
+    coft.select_clean = select_sure
+    return coft.main(argv)
+
+
+def flags_of(world, glyphs, plus):
+    """Which images, which CLIP."""
+    if world not in GLYPHS:
+        return ["--data", f"demo:{world}"]
+    template, sentences = GLYPHS[world]
+    return ["--data", str(glyphs / world), "--weights", str(glyphs / "glyph.pt"), "--workers", "0",
+            "--template", template, *(["--prompts", f"prompts/{sentences}.json"] if plus else [])]
+
+
+def result(command, out):
+    """The last line of the run's log; runs it if there is none."""
+    log = out / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    if not lines or "zero_shot" not in json.loads(lines[-1]):
+        print(shlex.join(command), flush=True)
+        shutil.rmtree(out, ignore_errors=True)
+        subprocess.run([sys.executable, *command, "--out", str(out)], cwd=ROOT, check=True,
+                       stdout=subprocess.DEVNULL)
+        lines = log.read_text().splitlines()
+    return json.loads(lines[-1])
+
+
+def cell(values):
+    """Mean ± standard deviation; of a single run "(1)" behind it."""
+    if len(values) < 2:
+        return f"{values[0]:.1f} (1)" if values else "not run"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["softmax"]:
+        return softmax(argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="for all runs")
+    parser.add_argument("--worlds", default="narrow,slanted,torn,crowd,longtail")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--glyphs", type=Path, default=Path("glyphs"), help="of handwriting.py")
+    args = parser.parse_args(argv)
+    worlds, rows = args.worlds.split(","), {}
+    for method in args.methods.split(","):
+        for world in worlds:
+            plain = "--prompts" not in METHODS[method]
+            flags = flags_of(world, args.glyphs.absolute(), "coft_plus" in method and plain)
+            runs = [result([*METHODS[method], *flags, "--seed", seed],
+                           args.out.absolute() / f"{method}-{world}-{seed}".replace(" ", "_"))
+                    for seed in args.seeds.split(",")]
+            rows.setdefault("zero-shot", {}).setdefault(world, [runs[0]["zero_shot"]])
+            rows.setdefault(method, {})[world] = [run["accuracy"] for run in runs]
+    print("| |", " | ".join(worlds), "|\n|---|" + "---|" * len(worlds))
+    for method, found in rows.items():
+        print(f"| {method} |", " | ".join(cell(found.get(world, [])) for world in worlds), "|")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
