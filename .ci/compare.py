@@ -54,13 +54,14 @@ def softmax(argv):
     return coft.main(argv)
 
 
-def flags_of(world, glyphs, plus):
-    """Which images, which CLIP."""
+def flags_of(world, glyphs, with_sentences):
+    """Which images, which CLIP, which sentences."""
+    template, sentences = GLYPHS.get(world, ("", "demo"))
+    flags = ["--prompts", f"prompts/{sentences}.json"] if with_sentences else []
     if world not in GLYPHS:
-        return ["--data", f"demo:{world}"]
-    template, sentences = GLYPHS[world]
+        return ["--data", f"demo:{world}", *flags]
     return ["--data", str(glyphs / world), "--weights", str(glyphs / "glyph.pt"), "--workers", "0",
-            "--template", template, *(["--prompts", f"prompts/{sentences}.json"] if plus else [])]
+            "--template", template, *flags]
 
 
 def result(command, out):
@@ -97,8 +98,8 @@ def main(argv=None):
     worlds, rows = args.worlds.split(","), {}
     for method in args.methods.split(","):
         for world in worlds:
-            plain = "--prompts" not in METHODS[method]
-            flags = flags_of(world, args.glyphs.absolute(), "coft_plus" in method and plain)
+            reads = method in ("lafter", "coft_plus paper", "coft_plus ours")
+            flags = flags_of(world, args.glyphs.absolute(), reads)
             runs = [result([*METHODS[method], *flags, "--seed", seed],
                            args.out.absolute() / f"{method}-{world}-{seed}".replace(" ", "_"))
                     for seed in args.seeds.split(",")]
