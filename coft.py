@@ -469,7 +469,8 @@ def diagnostics(tables, lesson, peers, y_true):
 def adapt(args):
     """The whole run: CLIP's guesses, phase 1, phase 2, the files. Returns the summary."""
     base, added = data.recipe(args.recipe, ADDITIONS)
-    job = data.setup(args, SETTINGS[base])      # run, device, dataset, clip_model, loaders
+    rates = SETTINGS["ours" if "adam" in added else "paper"]    # they go with the optimiser
+    job = data.setup(args, SETTINGS[base] | {k: rates[k] for k in ("lr1", "lr2")})
     job.added = added
     run, dataset, clip_model, names = job.run, job.dataset, job.clip_model, job.dataset.class_names
     if args.peft == "vpt" and not hasattr(clip_model.visual, "transformer"):

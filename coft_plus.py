@@ -119,10 +119,12 @@ def distribution_alignment(p):
     return p / p.sum(dim=1, keepdim=True)
 
 
-def next_labels(p, K, added):
-    """Section 3.3.1: the next round's y and S*, (2, N) each: the K most confident of each class,
-    each student's own. (A13) The mean's, where both give the same label. p (2, N, C)."""
+def next_labels(p, K, added, part):
+    """Section 3.3.1: a round's y and S*, (2, N) each: the K most confident of each class, each
+    student's own. (A13) The mean's, where both give the same label; K grows with the part of the
+    run that is over, 0 to 1. p (2, N, C)."""
     if "agree" in added:
+        K = math.ceil(K + (p.shape[1] / p.shape[2] - K) * part)
         y, confident = pseudo_labels(guess(p.mean(dim=0)[None], added)[0], K)   # (N,) each
         confident &= p[0].argmax(dim=1) == p[1].argmax(dim=1)
         return torch.stack([y, y]), torch.stack([confident, confident])
@@ -451,7 +453,8 @@ def train_phase(job, number, round, students, view, labels, tables):
         y, clean = lesson                                                       # (2, N) each
         if number == 2 and "agree" in job.added and args.rounds > 1:            # (A13)
             part = (args.rounds - 1 + epoch / max(1, epochs - 1)) / args.rounds
-            lesson = y, clean = y, clean & next_labels(tables[0], job.grown(part), job.added)[1]
+            clean = clean & next_labels(tables[0], job.K, job.added, part)[1]
+            lesson = y, clean
         if "all_images" not in job.added and not phase.queues:      # clean images only; else (A5)
             for loader, mine in zip(loaders, clean):
                 loader.sampler.among = mine.nonzero()[:, 0].tolist()
@@ -509,20 +512,12 @@ def predict(job, students, loader, judge=True):
     return data.all_reduce_sum(p), data.all_reduce_sum(p_clean)
 
 
-ALIASES = {     # CuPL's name of a class: CoOp's, where the words differ
-    "centered face": "face", "side of a car": "car side", "body of a cougar cat": "cougar body",
-    "face of a cougar cat": "cougar face", "head of a crocodile": "crocodile head",
-    "head of a flamingo": "flamingo head", "snoopy (cartoon beagle)": "snoopy",
-    "yin and yang symbol": "yin yang", "air plant": "ball moss",
-    "pink and yellow dahlia": "pink-yellow dahlia", "hand stand pushups": "handstand pushups"}
-
-
 def load_prompts(path, class_names):
     """Section 3.3.3: C lists of sentences from a JSON file {class name: [sentence, ...]}, whose
     names may differ in case, punctuation and the order of their words. A class without sentences
     has an empty list, and a warning names it. Raises DataError."""
     def words(name):
-        return sorted(data.plain_name(ALIASES.get(name, name)).split())
+        return sorted(data.plain_name(name).split())
     table = data.read_json(path)
     if not isinstance(table, dict) or not all(isinstance(texts, list) for texts in table.values()):
         raise data.DataError(f'{path}: expected {{"class name": ["sentence", ...], ...}}')
@@ -566,7 +561,8 @@ def diagnostics(tables, lesson, peers, y_true):
 def adapt(args):
     """The whole run: CLIP's guesses, phase 1, phase 2, the files. Returns the summary."""
     base, added = data.recipe(args.recipe, ADDITIONS)
-    job = data.setup(args, SETTINGS[base])      # run, device, dataset, clip_model, loaders
+    rates = SETTINGS["ours" if "adam" in added else "paper"]    # they go with the optimiser
+    job = data.setup(args, SETTINGS[base] | {k: rates[k] for k in ("lr1", "lr2")})
     job.added = added
     run, dataset, clip_model, names = job.run, job.dataset, job.clip_model, job.dataset.class_names
     if args.peft == "vpt" and not hasattr(clip_model.visual, "transformer"):
@@ -587,12 +583,10 @@ def adapt(args):
     prompts = [a + b if "mix_texts" in added else b or a for a, b in zip(prompts, written)]  # (A12)
     t0 = clip.zeroshot_classifier(clip_model, prompts)                          # (C, D)
     p0, p0_test = (zero_shot(job, t0, loader) for loader in (job.train, job.test))      # (N, C)
-    K = math.ceil(args.k if args.k >= 1 else args.k * len(p0) / len(names))
-    y, confident = pseudo_labels(guess(p0[None], added)[0], K)                  # (N,) each
-    labels = torch.stack([y, y]), torch.stack([confident, confident])           # for both students
+    job.K = K = math.ceil(args.k if args.k >= 1 else args.k * len(p0) / len(names))
+    labels = next_labels(torch.stack([p0, p0]), K, added, 0)                    # (2, N) each
     zero = data.accuracy(p0_test, dataset.test.y_true)
     data.report_zero_shot(job, zero)
-    job.grown = lambda part: math.ceil(K + (len(p0) / len(names) - K) * part * ("agree" in added))
     weak, _ = data.augmented_views(job, lambda view: zero_shot(job, t0, job.load(view)))
 
     # two students, which differ in their random numbers, learn from each other
@@ -605,7 +599,7 @@ def adapt(args):
                 clip_model, names, dataset.templates[0], args, added,
                 t0 if path and "mix_texts" in added else None) for _ in range(2)).to(job.device)
         if number == 1 and round > 0 and not run.state:
-            labels = next_labels(tables[0], job.grown(round / args.rounds), added)
+            labels = next_labels(tables[0], K, added, round / args.rounds)
         if number == 2 and not args.epochs2 or run.state and (
                 run.state["phase"], run.state["round"]) > (number, round):
             continue

@@ -1502,14 +1502,14 @@ def test_texts_are_the_mean_of_the_sentences(frozen):  # section 3.3.3
 def test_each_student_has_its_own_next_labels():        # section 3.3.1
     p = torch.tensor([[[.9, .1], [.8, .2], [.3, .7], [.1, .9]], [[.7, .3], [.3, .7], [.2, .8],
                                                                  [.4, .6]]])
-    y, confident = coft_plus.next_labels(p, 1, set())   # the surest of each class
+    y, confident = coft_plus.next_labels(p, 1, set(), 0.5)   # the surest of each class
     assert y.tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]
     assert confident.tolist() == [[True, False, False, True], [True, False, True, False]]
     added = {"agree", "balance"}
-    y, confident = coft_plus.next_labels(p, 2, added)
+    y, confident = coft_plus.next_labels(p, 1, added, 1)
     assert y.tolist() == [[0, 0, 1, 1]] * 2
     assert confident.tolist() == [[True, False, True, True]] * 2
-    _, confident = coft_plus.next_labels(p, 1, added)   # of each class the surer half
+    _, confident = coft_plus.next_labels(p, 1, added, 0)   # of each class the surer half
     assert confident.tolist() == [[True, False, True, False]] * 2
 
 
@@ -1537,7 +1537,7 @@ def test_only_the_query_side_learns(frozen, added):
 def test_load_prompts(tmp_path, capsys):
     names, path = ["hot dog", "Ice_cream", "apartment building outdoor", "yin yang"], tmp_path / "p"
     table = {"hot dog": ["h1", "h2"], "ice-cream": ["i"], "apartment building (outdoor)": ["a"],
-             "yin and yang symbol": ["y"], "unused": ["u"]}
+             "Yang-Yin": ["y"], "unused": ["u"]}
     path.write_text(json.dumps(table))
     assert coft_plus.load_prompts(path, names) == [["h1", "h2"], ["i"], ["a"], ["y"]]
     assert capsys.readouterr().err == ""

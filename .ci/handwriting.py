@@ -1,7 +1,8 @@
 #!/usr/bin/env python
 """From print to handwriting: real images without the demo's drawn shapes. Not in CI's path.
 
-    python .ci/handwriting.py --install --out glyphs       # Debian, as root; about 25 minutes
+    python .ci/handwriting.py --install --out glyphs            # Debian, as root; 25 minutes
+    python .ci/handwriting.py --epochs 0 --compare --out glyphs # all methods, three seeds; hours
 
 --install gets free fonts (Debian's packages below). Digits and capitals in these fonts, warped and
 with loosely worded captions, pretrain a tiny CLIP as clip/tiny.py does (OUT/glyph.pt). Then two
@@ -275,6 +276,7 @@ def main(argv=None):
     parser.add_argument("--fonts", default="/usr/share/fonts", help="folder to look in")
     parser.add_argument("--images", type=int, default=60_000, help="pictures to pretrain with")
     parser.add_argument("--epochs", type=int, default=10, help="0: the data sets only")
+    parser.add_argument("--compare", action="store_true", help="then run .ci/compare.py on them")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args(argv)
@@ -291,6 +293,10 @@ def main(argv=None):
     if args.epochs:
         pretrain(fonts, args.images, args.epochs, args.batch_size, args.lr, args.out / "glyph.pt")
     sheet(args.out / "sheet.png", fonts)
+    if args.compare:
+        subprocess.run([sys.executable, Path(__file__).with_name("compare.py"), "--worlds",
+                        "mnist,letters", "--glyphs", args.out, "--out", args.out / "runs"],
+                       check=True)
 
 
 if __name__ == "__main__":
