@@ -1554,8 +1554,8 @@ def test_our_prompts_fit_their_data_sets():
     folder = Path(coft_plus.__file__).with_name("prompts")
     names = {known.folders[0] for known in data.SETS} | {"demo"}
     files = {file.stem: json.loads(file.read_text()) for file in folder.glob("*.json")}
-    assert len(files) == 13 and files.keys() <= names | {"digits", "letters"}
-    assert sum(len(texts) for table in files.values() for texts in table.values()) == 4520
+    assert len(files) == 11 and files.keys() <= names
+    assert sum(len(texts) for table in files.values() for texts in table.values()) == 4160
     assert files["demo"].keys() == set(shapes.SHAPES) and len(files["oxford_pets"]) == 37
 
 

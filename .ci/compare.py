@@ -31,7 +31,7 @@ METHODS = {
     "coft_plus ours without sentences": ["coft_plus.py", "--prompts", ""],
     "prompt_align q=0.3": ["prompt_align.py", "--q", "0.3"],
     "supervised": [".ci/peers.py", "supervised"]}
-GLYPHS = {"mnist": ("a photo of the number {}.", "digits"), "letters": ("the letter {}", "letters")}
+GLYPHS = {"mnist": "a photo of the number {}.", "letters": "the letter {}"}
 
 
 def softmax(argv):
@@ -56,12 +56,12 @@ def softmax(argv):
 
 def flags_of(world, glyphs, with_sentences):
     """Which images, which CLIP, which sentences."""
-    template, sentences = GLYPHS.get(world, ("", "demo"))
-    flags = ["--prompts", f"prompts/{sentences}.json"] if with_sentences else []
+    file = glyphs / f"{world}.json" if world in GLYPHS else "prompts/demo.json"
+    flags = ["--prompts", str(file)] if with_sentences else []
     if world not in GLYPHS:
         return ["--data", f"demo:{world}", *flags]
     return ["--data", str(glyphs / world), "--weights", str(glyphs / "glyph.pt"), "--workers", "0",
-            "--template", template, *flags]
+            "--template", GLYPHS[world], *flags]
 
 
 def result(command, out):

