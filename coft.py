@@ -13,7 +13,7 @@ and a whole image encoder learns from the rest. `--recipe paper` is this, as pub
         loss = loss_cls(f.t_pos, y) + lam loss_neg(f.t_pos, f.t_neg, y, another class)  Eq. 4-6
     phase 2, for student, peer in ((0, 1), (1, 0)), on batches of its clean images:     3.2.2
         y = the student's label; clean = the peer's p_clean of y > 1/2, for every image Eq. 5
-        loss = loss_cls(W f + b, y), a fresh encoder and W, b learn                     Eq. 7
+        loss = loss_cls(W v + b, y), a fresh encoder and W, b learn                     Eq. 7
     prediction = mean of the two students' softmax                                      our choice
 
 `--recipe ours`, the default, adds what the table ADDITIONS lists; each place is marked (A1) ...
@@ -26,10 +26,12 @@ Run:  python coft.py                                    the demo, offline, about
       python coft.py --data ./photos --classes cat,dog  a folder of unlabelled photos
 
 The paper does not say, so decided here: the table SETTINGS (OpenAI's models: arXiv 2602.04340, by
-the same authors, and DeFT's code; tiny: chosen on `narrow`); an epoch is N / B steps, however small
-the set it draws from; a class that is nobody's guess takes its K likeliest images; W starts at
-tau t0, b at 0 (DeFT's head); warm-up, cosine, weight decay 5e-4 (A11: 0.01 for the encoder, none
-elsewhere); weak views; EMA decay 0.99 at most; V- learns ten times as fast as V+ in A11.
+the same authors, and DeFT's code; tiny: chosen on `narrow`, its prompts start from the template's
+words), lam 1, batches of 64, momentum 0.9; an epoch is N / B steps, however small the set it draws
+from; CoOp's templates, in V+ and V- too; random words as large as CLIP's; students differ in order
+and complements too; a class that is nobody's guess takes its K likeliest images; W starts at t0;
+warm-up, cosine, weight decay 5e-4 (A11: 0.01 for the encoder, none elsewhere); weak views; EMA
+decay 0.99 at most; V- learns ten times as fast as V+ in A11. Left out: the paper's 4.4 and 4.5.
 """
 import argparse
 import copy
@@ -56,7 +58,7 @@ ADDITIONS = {
     "per_class":  "A4  a context per class in V-, not a shared one: Student",
     "all_images": "A5  L_neg sees all images with the peer's labels, t+ a constant: train_step",
     "likely":     "A6  complementary labels that the peer finds likely, not uniform: train_step",
-    "fresh":      "A7  phase 2 makes labels and verdicts anew each epoch, not once: train_phase",
+    "fresh":      "A7  labels, and with A9 verdicts, anew each epoch of phase 2: train_phase",
     "one_judge":  "A8  phase 2 takes label and verdict from the same peer: select_clean",
     "go_on":      "A9  phase 2 keeps the visual prompts; t+ and t- learn on as matrices: Student",
     "ema":        "A10 moving averages of phase 2's students label, judge, predict: train_step",
@@ -107,10 +109,12 @@ def log_p_clean(l_pos, l_neg):
     return F.logsigmoid(l_pos - l_neg), F.logsigmoid(l_neg - l_pos)
 
 
-def loss_neg(l_pos, l_neg, y, y_bar):
-    """Eq. (6): mean of -log p_clean_y - log(1 - p_clean_ybar). l (B, C), y and y_bar (B,)."""
+def loss_neg(l_pos, l_neg, y, y_bar, of):
+    """Eq. (6): mean of -log p_clean_y - log(1 - p_clean_ybar) over the images `of`; 0 if there are
+    none. l (B, C), y and y_bar (B,), of (B,) bool."""
     log_clean, log_unclean = log_p_clean(l_pos, l_neg)                          # (B, C) each
-    return -(log_clean.gather(1, y[:, None]) + log_unclean.gather(1, y_bar[:, None])).mean()
+    loss = -(log_clean.gather(1, y[:, None]) + log_unclean.gather(1, y_bar[:, None]))[:, 0]
+    return (loss * of).sum() / of.sum().clamp(min=1)
 
 
 def complementary_labels(p, y):
@@ -237,21 +241,21 @@ class Student(nn.Module):
 
 class FullModel(nn.Module):
     """Section 3.2.2, Eq. (7): one of the two models of phase 2, a fresh image encoder and an FC
-    layer W f + b that starts at the zero-shot texts t0 (C, D). Its student of phase 1, frozen,
-    goes on judging."""
+    layer W v + b on its features v, as they are. W starts at the zero-shot texts t0 (C, D), b at 0.
+    The student of phase 1, frozen, goes on judging."""
     def __init__(self, clip_model, t0, student):
         super().__init__()
         self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
-        self.fc = nn.Parameter(F.pad(clip_model.logit_scale.exp() * t0, (0, 1)))    # [W, b]
+        self.fc = nn.Parameter(F.pad(t0, (0, 1)))                       # [W, b] (C, D + 1)
         self.judge = student.requires_grad_(False)
 
     def texts(self, clip_model):
-        """[W, b] / tau (C, D + 1): with `features` l+ = W f + b. It has no t-."""
+        """[W, b] / tau (C, D + 1), so that `logits` of `features` gives W v + b; there is no t-."""
         return self.fc / clip_model.logit_scale.exp(), None
 
     def features(self, clip_model, x):
-        """Images (B, 3, R, R) -> [f, 1] (B, D + 1), f a unit vector."""
-        return F.pad(F.normalize(self.visual(x).float(), dim=-1), (0, 1), value=1.0)
+        """Images (B, 3, R, R) -> [v, 1] (B, D + 1)."""
+        return F.pad(self.visual(x).float(), (0, 1), value=1.0)
 
     def forward(self, clip_model, x):
         """Images (B, 3, R, R) -> [f, 1] (B, D + 1), [W, b] / tau (C, D + 1), None; fp32."""
@@ -303,7 +307,8 @@ def total_loss(job, phase, f, t_pos, t_neg, target):
         t_pos = t_pos.detach()
     if phase == 1 or "go_on" in added:
         judged = logits(f, t_pos, tau), logits(f, t_neg, tau)                   # 2 x (B, C)
-        loss = loss + job.args.lam * loss_neg(*judged, y_neg, y_bar)
+        of = clean | ("all_images" in added)                                    # (A5) (B,)
+        loss = loss + job.args.lam * loss_neg(*judged, y_neg, y_bar, of)
     return loss + clean.any() * fairness(l_pos) if "fairness" in added else loss
 
 
@@ -380,25 +385,25 @@ def train_phase(job, number, students, view, labels, tables):
     if run.state:
         state = run.restore(parts)
         phase.step, lesson = state["step"], state["lesson"]
+    judge = number == 1 or "go_on" in job.added         # else phase 1's verdicts stand
     for epoch in range(first, epochs):
         p = guess(tables[0], job.added)                                         # (2, N, C)
         if lesson is None or number == 1 or "fresh" in job.added:               # (A7)
             lesson = select_clean(number, p, tables[1], labels, job.peers, job.added)
         y, clean = lesson                                                       # (2, N) each
-        if "all_images" not in job.added:               # batches of clean images only; else (A5)
+        if not ("all_images" in job.added and judge):   # batches of clean images only; else (A5)
             for loader, mine in zip(loaders, clean):
                 loader.sampler.among = mine.nonzero()[:, 0].tolist()
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
                                  f"phase {number} epoch {epoch + 1}/{epochs}", steps - phase.step):
             run.rows.append(train_step(job, phase, batches, y, clean, p))
         means = run.means(f"--lr{number}")
-        judge = number == 1 or "go_on" in job.added     # else phase 1's verdicts stand
         p, p_clean = predict(job, phase.teachers, job.train, judge)             # (2, N, C) each
         tables = p, p_clean if judge else tables[1]
         p_test = p if job.test is job.train else predict(job, phase.teachers, job.test, False)[0]
         run.report(phase=number, epoch=epoch + 1, **means,
                    accuracy=data.accuracy(p_test.mean(dim=0), job.dataset.test.y_true),
-                   **diagnostics(tables, lesson, job.peers, images.y_true))
+                   **diagnostics(tables, lesson, judge, job.peers, images.y_true))
         run.checkpoint(parts, phase=number, epoch=epoch + 1, step=phase.step, tables=tables,
                        lesson=lesson)
     return tables, phase.teachers
@@ -441,13 +446,13 @@ def predict(job, students, loader, judge=True):
     return data.all_reduce_sum(p), data.all_reduce_sum(p_clean)
 
 
-def diagnostics(tables, lesson, peers, y_true):
+def diagnostics(tables, lesson, judge, peers, y_true):
     """How good the filter is, means over both students.
 
     Of the labels just learnt from: kept, the share that is clean; unfiltered and precision, how
-    many are right of all and of the clean ones. Of those that each student would give now: auroc of
-    the peer's p_clean and, of the same peer on the same labels, auroc_softmax; shared_errors, how
-    many of the first one's wrong labels the second one gives too."""
+    many are right of all and of the clean ones. Of those that each student would give now:
+    shared_errors, how many of the first one's wrong labels the second one gives too; if p_clean is
+    of now (judge), auroc of the peer's p_clean and, of the same peer and labels, auroc_softmax."""
     (p, p_clean), (y, clean) = tables, lesson                           # (2, N, C), (2, N) each
     facts = {"kept": clean.double().mean()}
     if y_true is not None:                                              # diagnostics only
@@ -455,7 +460,7 @@ def diagnostics(tables, lesson, peers, y_true):
         wrong = labels[0] != y_true                                     # (N,)
         facts |= {"precision": right[clean].double().mean(), "unfiltered": right.double().mean(),
                   "shared_errors": (labels[0] == labels[1])[wrong].double().mean()}
-        for key, scores in (("auroc", p_clean), ("auroc_softmax", p)):
+        for key, scores in (("auroc", p_clean), ("auroc_softmax", p)) if judge else ():
             given = [scores[peer].gather(1, labels[me, :, None])[:, 0]          # (N,) each
                      for me, peer in enumerate(peers)]
             each = [data.auroc(a, y == y_true) for a, y in zip(given, labels)]
@@ -527,12 +532,13 @@ def parse(argv=None):
         "without one: the table SETTINGS")
     add("--ctx", type=int, metavar="L", help="context words of the prompts, 0: the template's")
     add("--k", type=float, help="images per class to start from; below 1: as a share of N / C")
-    add("--epochs1", type=int, help="of phase 1")
+    add("--epochs1", type=int, help="of phase 1; without it nothing is filtered")
     add("--epochs2", type=int, help="of phase 2; 0 leaves it out")
     add("--lr1", type=float, help="of prompts and light modules")
     add("--lr2", type=float, help="of the image encoder")
     add("--lam", type=float, default=1.0, help="weight of L_neg, Eq. 6 (%(default)s)")
-    add("--judge", choices=["peer", "self"], default="peer", help="who teaches it (%(default)s)")
+    add("--judge", choices=["peer", "self"], default="peer", help="whose p_clean filters the "
+        "labels of a student (%(default)s)")
     return parser.parse_args(argv)
 
 

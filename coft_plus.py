@@ -15,8 +15,9 @@ Run:  python coft_plus.py                               the demo, offline; READM
       python coft_plus.py --data ./oxford_pets          with our sentences, prompts/oxford_pets.json
       python coft_plus.py --data ./photos --classes cat,dog --prompts mine.json
 
-The paper does not say, so decided here, beyond coft.py: three rounds, temperature 0.1, gamma 1, a
-queue of half an epoch at most, EMA decay 0.99 at most; classes without sentences get the template.
+The paper does not say, so decided here, beyond coft.py: three rounds, temperature 0.1, a queue of
+half an epoch or 16 batches at most, EMA decay 0.99 at most (phase 1: 0.9, A14); classes without
+sentences get the template.
 """
 import argparse
 import copy
@@ -44,7 +45,7 @@ ADDITIONS = {
     "per_class":  "A4  a context per class in V-, not a shared one: Student",
     "all_images": "A5  L_neg sees all images with the peer's labels, t+ a constant: train_step",
     "likely":     "A6  complementary labels that the peer finds likely, not uniform: train_step",
-    "fresh":      "A7  phase 2 makes labels and verdicts anew each epoch, not once: train_phase",
+    "fresh":      "A7  labels, and with A9 verdicts, anew each epoch of phase 2: train_phase",
     "one_judge":  "A8  phase 2 takes label and verdict from the same peer: select_clean",
     "go_on":      "A9  phase 2 keeps the visual prompts; t+ and t- learn on as matrices: Student",
     "ema":        "A10 moving averages of phase 2's students label, judge, predict: train_step",
@@ -53,13 +54,14 @@ ADDITIONS = {
     "agree":      "A13 S* holds what both students agree on, grows, in phase 2 too: next_labels",
     "contrast1":  "A14 the contrastive loss in phase 1 too, whose EMA copies judge: train_step",
     "project":    "A15 it compares projections of the features: Student",
-    "label_keys": "A16 keys with the same clean label are positives too: info_nce",
+    "label_keys": "A16 keys of the batch count too, those with the same clean label as positives:"
+                  " info_nce",
 }
 SETTINGS = {    # where no flag says otherwise: (tiny CLIPs, D < 512; OpenAI's models)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lr1": (0.03, 0.03),
-              "lr2": (0.01, 5e-4), "epochs1": (4, 10), "epochs2": (4, 10)},
+              "lr2": (0.01, 5e-4), "epochs1": (4, 10), "epochs2": (4, 10), "gamma": (0.1, 0.1)},
     "ours": {"k": (0.3, 0.3), "ctx": (0, 0), "peft_size": (4, 20), "lr1": (2e-3, 2e-3),
-             "lr2": (3e-4, 1e-5), "epochs1": (4, 4), "epochs2": (4, 4)}}
+             "lr2": (3e-4, 1e-5), "epochs1": (4, 4), "epochs2": (4, 4), "gamma": (1.0, 1.0)}}
 
 # ======== equations ========
 
@@ -100,10 +102,12 @@ def log_p_clean(l_pos, l_neg):
     return F.logsigmoid(l_pos - l_neg), F.logsigmoid(l_neg - l_pos)
 
 
-def loss_neg(l_pos, l_neg, y, y_bar):
-    """Eq. (6): mean of -log p_clean_y - log(1 - p_clean_ybar). l (B, C), y and y_bar (B,)."""
+def loss_neg(l_pos, l_neg, y, y_bar, of):
+    """Eq. (6): mean of -log p_clean_y - log(1 - p_clean_ybar) over the images `of`; 0 if there are
+    none. l (B, C), y and y_bar (B,), of (B,) bool."""
     log_clean, log_unclean = log_p_clean(l_pos, l_neg)                          # (B, C) each
-    return -(log_clean.gather(1, y[:, None]) + log_unclean.gather(1, y_bar[:, None])).mean()
+    loss = -(log_clean.gather(1, y[:, None]) + log_unclean.gather(1, y_bar[:, None]))[:, 0]
+    return (loss * of).sum() / of.sum().clamp(min=1)
 
 
 def complementary_labels(p, y):
@@ -133,10 +137,15 @@ def next_labels(p, K, added, part):
 
 
 def info_nce(q, k, y, queue, temperature=0.1):
-    """Eq. (8): -mean over the positives of log softmax(q.keys / temperature), keys: k and queue.
+    """Eq. (8): mean of -log softmax(q.keys / temperature)_positive. Unit rows q, k (B, d).
 
-    The positive of image b is its own key k_b; (A16) and the keys with its clean label y_b (-1: not
-    clean). Unit rows q, k (B, d); y (B,). MoCo, arXiv 1911.05722; by label: SupCon, 2004.11362."""
+    The keys of image b are its own, k_b, which is the positive, and the queue's (MoCo, arXiv
+    1911.05722). (A16) With labels y (B,), -1: not clean, also those of the batch, and all that have
+    the label y_b are positives and count alike (SupCon, 2004.11362)."""
+    if y is None:
+        own, others = (q * k).sum(dim=1, keepdim=True), q @ queue.k.clone().T   # (B, 1), (B, Q)
+        l = torch.cat([own, others], dim=1)             # (B, 1 + Q)
+        return F.cross_entropy(l / temperature, torch.zeros_like(l[:, 0], dtype=torch.long))
     keys, y_keys = torch.cat([k, queue.k]), torch.cat([y, queue.y])             # (B + Q, d)
     same = (y[:, None] == y_keys) & (y >= 0)[:, None]                           # (B, B + Q)
     same |= torch.eye(len(q), len(keys), dtype=torch.bool, device=q.device)
@@ -225,6 +234,7 @@ class Student(nn.Module):
         self.head, D = None, clip_model.visual.output_dim
         if args.gamma and "project" in added:                           # (A15) D -> d
             self.head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 64))
+            self.head.requires_grad_("contrast1" in added)
         self.pos = Prompt(clip_model, class_names, template, args.ctx, class_specific=False)
         self.neg = Prompt(clip_model, class_names, template, args.ctx, "per_class" in added)  # (A4)
         self.prompts = self.adapters = None             # one of them, see clip/model.py
@@ -243,6 +253,8 @@ class Student(nn.Module):
         self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
         self.pos.requires_grad_(False)
         self.neg.requires_grad_(False)
+        if self.head:
+            self.head.requires_grad_(True)
 
     def texts(self, clip_model):
         """t+ and t-, unit rows (C, D): the prompts' in phase 1; (A9) then matrices that started
@@ -280,32 +292,32 @@ class Student(nn.Module):
 
 class FullModel(nn.Module):
     """Section 3.2.2, Eq. (7): one of the two models of phase 2, a fresh image encoder and an FC
-    layer W f + b that starts at the zero-shot texts t0 (C, D). Its student of phase 1, frozen,
-    goes on judging."""
+    layer W v + b on its features v, as they are. W starts at the zero-shot texts t0 (C, D), b at 0.
+    The student of phase 1, frozen, goes on judging."""
     def __init__(self, clip_model, t0, student):
         super().__init__()
         self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
-        self.fc = nn.Parameter(F.pad(clip_model.logit_scale.exp() * t0, (0, 1)))    # [W, b]
+        self.fc = nn.Parameter(F.pad(t0, (0, 1)))                       # [W, b] (C, D + 1)
         self.judge = student.requires_grad_(False)
         if student.head:
             student.head.requires_grad_(True)                                   # (A15)
 
     def texts(self, clip_model):
-        """[W, b] / tau (C, D + 1): with `features` l+ = W f + b. It has no t-."""
+        """[W, b] / tau (C, D + 1), so that `logits` of `features` gives W v + b; there is no t-."""
         return self.fc / clip_model.logit_scale.exp(), None
 
     def features(self, clip_model, x):
-        """Images (B, 3, R, R) -> [f, 1] (B, D + 1), f a unit vector."""
-        return F.pad(F.normalize(self.visual(x).float(), dim=-1), (0, 1), value=1.0)
+        """Images (B, 3, R, R) -> [v, 1] (B, D + 1)."""
+        return F.pad(self.visual(x).float(), (0, 1), value=1.0)
 
     def forward(self, clip_model, x):
-        """Images (B, 3, R, R) -> [f, 1] (B, D + 1), [W, b] / tau (C, D + 1), None, f (B, D)."""
+        """Images (B, 3, R, R) -> [v, 1] (B, D + 1), [W, b] / tau (C, D + 1), None, q (B, d)."""
         f = self.features(clip_model, x)
         return f, *self.texts(clip_model), self.project(f)
 
     def project(self, f):
-        """[f, 1] (B, D + 1) -> f (B, D), which info_nce compares; (A15) projected."""
-        return self.judge.project(f[:, :-1])
+        """[v, 1] (B, D + 1) -> q (B, d), as Student.project."""
+        return self.judge.project(F.normalize(f[:, :-1], dim=-1))
 
     def param_groups(self, lr1, lr2):
         """(A11) What learns, and how fast."""
@@ -354,7 +366,8 @@ def total_loss(job, phase, f, t_pos, t_neg, target):
         t_pos = t_pos.detach()
     if phase == 1 or "go_on" in added:
         judged = logits(f, t_pos, tau), logits(f, t_neg, tau)                   # 2 x (B, C)
-        loss = loss + job.args.lam * loss_neg(*judged, y_neg, y_bar)
+        of = clean | ("all_images" in added)                                    # (A5) (B,)
+        loss = loss + job.args.lam * loss_neg(*judged, y_neg, y_bar, of)
     return loss + clean.any() * fairness(l_pos) if "fairness" in added else loss
 
 
@@ -409,9 +422,8 @@ def train_step(job, phase, batches, y, clean, p):
                 f_key = phase.teachers[me].features(job.clip_model, x_key)      # (B, D)
                 k = data.gather(phase.teachers[me].project(f_key))    # (B, d)
             y_clean, queue = target[0].masked_fill(~target[1], -1), phase.queues[me]    # (B,)
-            if "label_keys" not in job.added:                                   # (A16)
-                y_clean = torch.full_like(y_clean, -1)
-            loss = loss + job.args.gamma * info_nce(data.gather(q), k, y_clean, queue)
+            y_keys = y_clean if "label_keys" in job.added else None             # (A16)
+            loss = loss + job.args.gamma * info_nce(data.gather(q), k, y_keys, queue)
             queue.push(k, y_clean)
         job.scaler.scale(loss).backward()
         losses.append(loss.detach())
@@ -446,6 +458,7 @@ def train_phase(job, number, round, students, view, labels, tables):
     if run.state:
         state = run.restore(parts)
         phase.step, lesson = state["step"], state["lesson"]
+    judge = number == 1 or "go_on" in job.added         # else phase 1's verdicts stand
     for epoch in range(first, epochs):
         p = guess(tables[0], job.added)                                         # (2, N, C)
         if lesson is None or number == 1 or "fresh" in job.added:               # (A7)
@@ -454,8 +467,7 @@ def train_phase(job, number, round, students, view, labels, tables):
         if number == 2 and "agree" in job.added and args.rounds > 1:            # (A13)
             part = (args.rounds - 1 + epoch / max(1, epochs - 1)) / args.rounds
             clean = clean & next_labels(tables[0], job.K, job.added, part)[1]
-            lesson = y, clean
-        if "all_images" not in job.added and not phase.queues:      # clean images only; else (A5)
+        if not ("all_images" in job.added and judge or phase.queues):   # clean images; else (A5)
             for loader, mine in zip(loaders, clean):
                 loader.sampler.among = mine.nonzero()[:, 0].tolist()
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
@@ -463,13 +475,12 @@ def train_phase(job, number, round, students, view, labels, tables):
                                  steps - phase.step):
             run.rows.append(train_step(job, phase, batches, y, clean, p))
         means = run.means(f"--lr{number}")
-        judge = number == 1 or "go_on" in job.added     # else phase 1's verdicts stand
         p, p_clean = predict(job, models, job.train, judge)                     # (2, N, C) each
         tables = p, p_clean if judge else tables[1]
         p_test = p if job.test is job.train else predict(job, models, job.test, False)[0]
         run.report(phase=number, round=round + 1, epoch=epoch + 1, **means,
                    accuracy=data.accuracy(p_test.mean(dim=0), job.dataset.test.y_true),
-                   **diagnostics(tables, lesson, job.peers, images.y_true))
+                   **diagnostics(tables, (y, clean), judge, job.peers, images.y_true))
         run.checkpoint(parts, phase=number, round=round, epoch=epoch + 1, step=phase.step,
                        tables=tables, labels=labels, lesson=lesson)
     return tables, models
@@ -533,13 +544,13 @@ def load_prompts(path, class_names):
     return sentences
 
 
-def diagnostics(tables, lesson, peers, y_true):
+def diagnostics(tables, lesson, judge, peers, y_true):
     """How good the filter is, means over both students.
 
     Of the labels just learnt from: kept, the share that is clean; unfiltered and precision, how
-    many are right of all and of the clean ones. Of those that each student would give now: auroc of
-    the peer's p_clean and, of the same peer on the same labels, auroc_softmax; shared_errors, how
-    many of the first one's wrong labels the second one gives too."""
+    many are right of all and of the clean ones. Of those that each student would give now:
+    shared_errors, how many of the first one's wrong labels the second one gives too; if p_clean is
+    of now (judge), auroc of the peer's p_clean and, of the same peer and labels, auroc_softmax."""
     (p, p_clean), (y, clean) = tables, lesson                           # (2, N, C), (2, N) each
     facts = {"kept": clean.double().mean()}
     if y_true is not None:                                              # diagnostics only
@@ -547,7 +558,7 @@ def diagnostics(tables, lesson, peers, y_true):
         wrong = labels[0] != y_true                                     # (N,)
         facts |= {"precision": right[clean].double().mean(), "unfiltered": right.double().mean(),
                   "shared_errors": (labels[0] == labels[1])[wrong].double().mean()}
-        for key, scores in (("auroc", p_clean), ("auroc_softmax", p)):
+        for key, scores in (("auroc", p_clean), ("auroc_softmax", p)) if judge else ():
             given = [scores[peer].gather(1, labels[me, :, None])[:, 0]          # (N,) each
                      for me, peer in enumerate(peers)]
             each = [data.auroc(a, y == y_true) for a, y in zip(given, labels)]
@@ -631,13 +642,14 @@ def parse(argv=None):
     add("--k", type=float, help="images per class to start from; below 1: as a share of N / C")
     add("--prompts", metavar="FILE", help="JSON {class: [sentence, ...]}; default: ours; '': none")
     add("--rounds", type=int, default=3, metavar="R", help="of phase 1 (%(default)s)")
-    add("--gamma", type=float, default=1.0, help="weight of the contrastive loss (%(default)s)")
+    add("--gamma", type=float, help="weight of the contrastive loss")
     add("--epochs1", type=int, help="of each round of phase 1")
     add("--epochs2", type=int, help="of phase 2; 0 leaves it out")
     add("--lr1", type=float, help="of prompts and light modules")
     add("--lr2", type=float, help="of the image encoder")
     add("--lam", type=float, default=1.0, help="weight of L_neg, Eq. 6 (%(default)s)")
-    add("--judge", choices=["peer", "self"], default="peer", help="who teaches it (%(default)s)")
+    add("--judge", choices=["peer", "self"], default="peer", help="whose p_clean filters the "
+        "labels of a student (%(default)s)")
     return parser.parse_args(argv)
 
 

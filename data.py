@@ -276,8 +276,11 @@ class EpochSampler(Sampler):
         seeds, order = torch.randint(2**62, (self.n,), generator=rng).tolist(), shard(range(self.n))
         if self.shuffle:
             order = torch.randperm(self.n, generator=rng).tolist()
-        among = self.among or range(self.n)
-        items = [(among[k % len(among)], seeds[k]) for k in order[:self.used]]
+        items = [(i, seeds[i]) for i in order[:self.used]]
+        if self.among:                                  # each as often as the others, or once more
+            n, times = len(self.among), math.ceil(self.used / len(self.among))
+            drawn = torch.cat([torch.randperm(n, generator=rng) for _ in range(times)])
+            items = [(self.among[k], seed) for k, seed in zip(drawn[:self.used].tolist(), seeds)]
         for k in range(0, len(items), self.batch_size):
             batch = items[k:k + self.batch_size]
             yield shard(batch) if self.shuffle else batch
@@ -692,11 +695,10 @@ def recipe(text, additions):
     """--recipe -> (paper or ours, names of the additions that are on). Paper has none, ours all;
     "ours-a-b" leaves two out, "paper+a" adds one. Raises DataError."""
     base, *changes = re.split(r"(?=[+-])", text)
-    on = set(additions) if base == "ours" else set()
-    for change in changes:
-        on = on | {change[1:]} if change[0] == "+" else on - {change[1:]}
-    if base not in ("paper", "ours") or {change[1:] for change in changes} - additions.keys():
-        raise DataError(f"--recipe {text}: expected paper or ours, then +NAME or -NAME of "
+    on, sign = (set(additions), "-") if base == "ours" else (set(), "+")
+    on ^= {change[1:] for change in changes}
+    if base not in ("paper", "ours") or on - additions.keys() or {c[0] for c in changes} - {sign}:
+        raise DataError(f"--recipe {text}: expected paper, then +NAME, or ours, then -NAME, of "
                         f"{', '.join(additions)}")
     return base, on
 
@@ -857,7 +859,8 @@ def command_line(adapt, args):
     status, n = 2, int(os.environ.get("WORLD_SIZE", 1))
     try:
         for flag, value in vars(args).items():
-            least = flag in ("batch_size", "rounds", "passes", "peft_size")     # 1; else 0
+            least = flag in ("batch_size", "rounds", "passes", "peft_size",     # 1; else 0
+                              "max_steps")
             if isinstance(value, (int, float)) and not value >= least:
                 raise DataError(f"--{flag.replace('_', '-')} {value} is too small")
         if n == 1:                                      # torchrun's processes just end
