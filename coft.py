@@ -16,7 +16,8 @@ and a whole image encoder learns from the rest. `--recipe paper` is this, as pub
         loss = loss_cls(W v + b, y), a fresh encoder and W, b learn                     Eq. 7
     prediction = mean of the two students' softmax                                      our choice
 
-`--recipe ours`, the default, adds what the table ADDITIONS lists; each place is marked (A1) ...
+`--recipe ours`, the default, adds the five entries of the table ADDITIONS, marked (A1) ... Most is
+won by the first two: labels are means over many random views of an image, balanced over classes.
 
 Equation numbers are the paper's. B batch, C classes, D embedding, L context tokens, N images,
 P visual tokens, T tokens of a text, W width; tau = exp(logit_scale); f and t are unit vectors.
@@ -30,8 +31,8 @@ the same authors, and DeFT's code; tiny: chosen on `narrow`, its prompts start f
 words), lam 1, batches of 64, momentum 0.9; an epoch is N / B steps, however small the set it draws
 from; CoOp's templates, in V+ and V- too; random words as large as CLIP's; students differ in order
 and complements too; a class that is nobody's guess takes its K likeliest images; W starts at t0;
-warm-up, cosine, weight decay 5e-4 (A11: 0.01 for the encoder, none elsewhere); weak views; EMA
-decay 0.99 at most; V- learns ten times as fast as V+ in A11. Left out: the paper's 4.4 and 4.5.
+warm-up, cosine, weight decay 5e-4 (A5: 0.01 for the encoder, none elsewhere); weak views; EMA
+decay 0.99 at most; V- learns ten times as fast as V+ in A5. Left out: the paper's 4.4 and 4.5.
 """
 import argparse
 import copy
@@ -50,25 +51,20 @@ import clip
 import data
 
 # What `--recipe ours` adds to the paper or does otherwise, and where. `ours-ema` leaves one out,
-# `paper+balance+fresh` adds two.
+# `paper+views+balance` adds two.
 ADDITIONS = {
-    "balance":    "A1  labels from posteriors divided by their class marginal: guess, train_phase",
-    "fairness":   "A2  a term that spreads each batch over the classes: total_loss",
-    "filter1":    "A3  phase 1 learns only from what the peer calls clean: select_clean",
-    "per_class":  "A4  a context per class in V-, not a shared one: Student",
-    "all_images": "A5  L_neg sees all images with the peer's labels, t+ a constant: train_step",
-    "likely":     "A6  complementary labels that the peer finds likely, not uniform: train_step",
-    "fresh":      "A7  labels, and with A9 verdicts, anew each epoch of phase 2: train_phase",
-    "one_judge":  "A8  phase 2 takes label and verdict from the same peer: select_clean",
-    "go_on":      "A9  phase 2 keeps the visual prompts; t+ and t- learn on as matrices: Student",
-    "ema":        "A10 moving averages of phase 2's students label, judge, predict: train_step",
-    "adam":       "A11 AdamW, rates relative to the size of words, not SGD: param_groups",
+    "views":   "A1 labels from posteriors averaged over weak views and epochs: adapt, train_phase",
+    "balance": "A2 labels from posteriors balanced over the classes: guess",
+    "fresh":   "A3 labels, and so verdicts, anew each epoch of phase 2: train_phase",
+    "ema":     "A4 moving averages of phase 2's students label and predict: train_step",
+    "adam":    "A5 AdamW, rates relative to the size of words, not SGD: param_groups",
 }
+VIEWS = 8           # (A1) of each image, for the first labels
 SETTINGS = {    # where no flag says otherwise: (tiny CLIPs, D < 512; OpenAI's models)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lr1": (0.03, 0.03),
               "lr2": (0.01, 5e-4), "epochs1": (6, 10), "epochs2": (4, 10)},
-    "ours": {"k": (0.3, 0.3), "ctx": (0, 0), "peft_size": (4, 20), "lr1": (2e-3, 2e-3),
-             "lr2": (3e-4, 1e-5), "epochs1": (6, 6), "epochs2": (4, 4)}}
+    "ours": {"k": (16, 16), "ctx": (0, 0), "peft_size": (4, 20), "lr1": (2e-3, 2e-3),
+             "lr2": (3e-4, 1e-5), "epochs1": (4, 4), "epochs2": (6, 6)}}
 
 # ======== equations ========
 
@@ -109,45 +105,42 @@ def log_p_clean(l_pos, l_neg):
     return F.logsigmoid(l_pos - l_neg), F.logsigmoid(l_neg - l_pos)
 
 
-def loss_neg(l_pos, l_neg, y, y_bar, of):
-    """Eq. (6): mean of -log p_clean_y - log(1 - p_clean_ybar) over the images `of`; 0 if there are
-    none. l (B, C), y and y_bar (B,), of (B,) bool."""
+def loss_neg(l_pos, l_neg, y, y_bar, clean):
+    """Eq. (6): mean of -log p_clean_y - log(1 - p_clean_ybar) over the clean images; 0 if there are
+    none. l (B, C), y and y_bar (B,), clean (B,) bool."""
     log_clean, log_unclean = log_p_clean(l_pos, l_neg)                          # (B, C) each
     loss = -(log_clean.gather(1, y[:, None]) + log_unclean.gather(1, y_bar[:, None]))[:, 0]
-    return (loss * of).sum() / of.sum().clamp(min=1)
+    return (loss * clean).sum() / clean.sum().clamp(min=1)
 
 
-def complementary_labels(p, y):
-    """ybar of Eq. (6): a class other than y, drawn from p without y (y itself if there are no
-    others): uniform p as published, or (A6) a posterior. p (B, C), y (B,) -> (B,)."""
-    others = (p + 1e-6).scatter(1, y[:, None], 0.0 if p.shape[1] > 1 else 1.0)  # (B, C)
-    return torch.multinomial(others, 1)[:, 0]
+def complementary_labels(y, C):
+    """ybar of Eq. (6): any of the other C - 1 classes, all as likely (y itself if C = 1).
+    y (B,) -> (B,)."""
+    return (y + torch.randint(1, max(2, C), y.shape)) % C
 
 
-def distribution_alignment(p):
-    """(A1) p_k / (mean over all images of p_k), then normalised. p (N, C) -> (N, C)."""
-    p = p / p.mean(dim=0, keepdim=True).clamp(min=0.01 / p.shape[1])
-    return p / p.sum(dim=1, keepdim=True)
-
-
-def fairness(l):
-    """(A2) -mean_k log(mean over the batch of softmax(l)_k); wants B > C. l (B, C)."""
-    return -l.softmax(dim=1).mean(dim=0).clamp(min=1e-6).log().mean()
+def balanced(p):
+    """(A2) p_k / (mean over all images of p_k), then normalised; 20 times (Sinkhorn's iteration):
+    in sum all classes get about the same. p (N, C) -> (N, C)."""
+    for _ in range(20):
+        p = p / p.mean(dim=0, keepdim=True).clamp(min=0.01 / p.shape[1])
+        p = p / p.sum(dim=1, keepdim=True)
+    return p
 
 
 # ======== modules ========
 
 
-WORD_STD = 0.06     # of tiny's word vectors, for which lr1 and the noise were chosen
+WORD_STD = 0.06     # of tiny's word vectors, for which (A5) lr1 and the noise were chosen
 
 
 class Prompt(nn.Module):
     """Eq. (2), (3): L learnable context vectors before each class name: [V_1] ... [V_L] cat.
 
-    They are shared by all classes or, if class_specific, one set per class. They start from random
-    words, as large as CLIP's; for L = 0 from those before the class name in the template ("a photo
-    of a" if there are none) and a little noise: at CLIP's zero-shot classifier."""
-    def __init__(self, clip_model, class_names, template, L, class_specific):
+    All classes share them. They start from random words, as large as CLIP's; for L = 0 from those
+    before the class name in the template ("a photo of a" if there are none) and a little noise: at
+    CLIP's zero-shot classifier."""
+    def __init__(self, clip_model, class_names, template, L):
         super().__init__()
         words = " ".join(["x"] * L) or template.split("{}")[0].strip() or "a photo of a"
         rest = template.split("{}", 1)[1]
@@ -156,7 +149,7 @@ class Prompt(nn.Module):
         known = clip_model.token_embedding.weight.detach()              # (vocabulary, W)
         tokens = tokens[:, :tokens.argmax(dim=1).max() + 1].to(known.device)    # (C, T), T: longest
         emb = known[tokens]                                             # (C, T, W)
-        start = emb[:len(emb) if class_specific else 1, 1:1 + n]        # (C or 1, L, W)
+        start = emb[:1, 1:1 + n]                                        # (1, L, W)
         noise = 0.01 * min(1.0, float(start.std()) / WORD_STD)
         if L:
             start, noise = 0 * start, known[known.any(dim=1)].std()     # tiny lacks most words
@@ -169,8 +162,7 @@ class Prompt(nn.Module):
         """-> t (C, D), unit rows."""
         ctx = self.ctx.expand(len(self.eot), -1, -1)                    # (C, L, W)
         emb = torch.cat([self.token_prefix, ctx, self.token_suffix], dim=1)     # (C, T, W)
-        shared = 1 + ctx.shape[1] if len(self.ctx) == 1 else 0          # tokens that all start with
-        t = clip_model.encode_text_embeddings(emb, self.eot, chunk=256, shared=shared)
+        t = clip_model.encode_text_embeddings(emb, self.eot, chunk=256, shared=1 + ctx.shape[1])
         return F.normalize(t, dim=-1)
 
 
@@ -187,15 +179,13 @@ class Adapter(nn.Module):
 
 
 class Student(nn.Module):
-    """One of the two models of phase 1: V+, V- and the light visual modules. (A9) It goes on in
-    phase 2 with an image encoder and two classifiers (2, C, D) of its own. CLIP itself is frozen
+    """One of the two models of phase 1: V+, V- and the light visual modules. CLIP itself is frozen
     and shared. args: peft, peft_size, ctx."""
-    def __init__(self, clip_model, class_names, template, args, added):
+    def __init__(self, clip_model, class_names, template, args):
         super().__init__()
-        self.pos = Prompt(clip_model, class_names, template, args.ctx, class_specific=False)
-        self.neg = Prompt(clip_model, class_names, template, args.ctx, "per_class" in added)  # (A4)
+        self.pos = Prompt(clip_model, class_names, template, args.ctx)
+        self.neg = Prompt(clip_model, class_names, template, args.ctx)
         self.prompts = self.adapters = None             # one of them, see clip/model.py
-        self.visual = self.classifier = None            # of phase 2
         if args.peft == "vpt":                                          # VPT-deep, arXiv 2203.12119
             blocks = clip_model.visual.transformer
             self.prompts = nn.Parameter(0.02 * torch.randn(blocks.layers, args.peft_size,
@@ -204,24 +194,14 @@ class Student(nn.Module):
             widths = clip_model.visual.adapter_widths
             self.adapters = nn.ModuleList(Adapter(width, args.peft_size) for width in widths)
 
-    def continue_in_phase2(self, clip_model):
-        """(A9) Own copy of the image encoder; the classifier, (2, C, D), starts at t+ and t-."""
-        self.classifier = nn.Parameter(torch.stack(self.texts(clip_model)).detach())    # (2, C, D)
-        self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
-        self.pos.requires_grad_(False)
-        self.neg.requires_grad_(False)
-
     def texts(self, clip_model):
-        """t+ and t-, unit rows (C, D): the prompts' in phase 1; (A9) then matrices that started
-        there, so that phase 2 does not run the text tower."""
-        if self.classifier is None:
-            return self.pos(clip_model), self.neg(clip_model)
-        return F.normalize(self.classifier, dim=-1).unbind()
+        """t+ and t-, unit rows (C, D)."""
+        return self.pos(clip_model), self.neg(clip_model)
 
     def features(self, clip_model, x):
         """Images (B, 3, R, R) -> unit features (B, D)."""
-        visual = self.visual or clip_model.visual
-        return F.normalize(visual(x, self.prompts, self.adapters).float(), dim=-1)
+        f = clip_model.visual(x, self.prompts, self.adapters)
+        return F.normalize(f.float(), dim=-1)
 
     def forward(self, clip_model, x):
         """Images (B, 3, R, R) -> f (B, D), t+ (C, D), t- (C, D): fp32 unit vectors."""
@@ -229,14 +209,11 @@ class Student(nn.Module):
         return self.features(clip_model, x), t_pos.float(), t_neg.float()
 
     def param_groups(self, lr1, lr2):
-        """(A11) What learns, and how fast."""
+        """(A5) What learns, and how fast."""
         light = [self.prompts] if self.adapters is None else list(self.adapters.parameters())
-        if self.visual is None:
-            word = lr1 * float(self.pos.ctx.detach().std()) / WORD_STD
-            return [{"params": light, "lr": lr1}, {"params": [self.pos.ctx], "lr": word},
-                    {"params": [self.neg.ctx], "lr": 10 * word}]
-        return [{"params": light, "lr": lr2}, {"params": [self.classifier], "lr": lr1},
-                {"params": self.visual.parameters(), "lr": lr2, "weight_decay": 0.01}]
+        word = lr1 * float(self.pos.ctx.detach().std()) / WORD_STD
+        return [{"params": light, "lr": lr1}, {"params": [self.pos.ctx], "lr": word},
+                {"params": [self.neg.ctx], "lr": 10 * word}]
 
 
 class FullModel(nn.Module):
@@ -258,11 +235,11 @@ class FullModel(nn.Module):
         return F.pad(self.visual(x).float(), (0, 1), value=1.0)
 
     def forward(self, clip_model, x):
-        """Images (B, 3, R, R) -> [f, 1] (B, D + 1), [W, b] / tau (C, D + 1), None; fp32."""
+        """Images (B, 3, R, R) -> [v, 1] (B, D + 1), [W, b] / tau (C, D + 1), None; fp32."""
         return self.features(clip_model, x), *self.texts(clip_model)
 
     def param_groups(self, lr1, lr2):
-        """(A11) What learns, and how fast."""
+        """(A5) What learns, and how fast."""
         return [{"params": [self.fc], "lr": lr1},
                 {"params": self.visual.parameters(), "lr": lr2, "weight_decay": 0.01}]
 
@@ -271,45 +248,31 @@ class FullModel(nn.Module):
 
 
 def guess(p, added):
-    """The posteriors that labels are taken from: p (2, N, C) as it is; (A1) balanced."""
-    return torch.stack([distribution_alignment(q) for q in p]) if "balance" in added else p
+    """The posteriors that labels are taken from: p (2, N, C) as it is; (A2) balanced."""
+    return torch.stack([balanced(q) for q in p]) if "balance" in added else p
 
 
-def select_clean(phase, p, p_clean, labels, peers, added):
+def select_clean(phase, p, p_clean, labels, peers):
     """What each student is taught next: labels y (2, N) and which are clean (2, N) bool.
 
-    Phase 1: `labels`, y and S* (2, N) each, as they are; (A3) those of S* that the peer calls
-    clean, p_clean_y > 1/2. Phase 2, section 3.2.2: the student's labels for all images, as the peer
-    lets them pass; (A8) the peer's labels. p, p_clean (2, N, C)."""
-    (y, confident), cleans = labels, []
-    if phase == 2:
-        y = p.argmax(dim=2)[list(peers) if "one_judge" in added else [0, 1]]    # (2, N)
-    for me, peer in enumerate(peers):
-        clean = p_clean[peer].gather(1, y[me, :, None])[:, 0] > 0.5             # (N,)
-        if phase == 1:
-            clean = confident[me] & (clean | ("filter1" not in added))
-        cleans.append(clean)
-    return y, torch.stack(cleans)
+    Phase 1: `labels`, y and S*, (2, N) each, as they are. Phase 2, section 3.2.2: the student's own
+    labels of all images, as the peer lets them pass, p_clean_y > 1/2. p, p_clean (2, N, C)."""
+    if phase == 1:
+        return labels
+    y = p.argmax(dim=2)                                                         # (2, N)
+    judged = [p_clean[peer].gather(1, y[me, :, None])[:, 0] for me, peer in enumerate(peers)]
+    return y, torch.stack(judged) > 0.5
 
 
 def total_loss(job, phase, f, t_pos, t_neg, target):
-    """Phase 1: Eq. (4) + lam Eq. (6); phase 2: Eq. (7). target: y, clean, and the labels of Eq. (6)
-    y_neg, y_bar, (B,) each.
-
-    (A5) t+ enters Eq. (6) as a constant. (A9) In phase 2 t- learns on by Eq. (6), as a spectator:
-    f's gradient would destroy the encoder. (A2) Fairness alone would make predictions uniform."""
-    (y, clean, y_neg, y_bar), added, tau = target, job.added, job.clip_model.logit_scale.exp()
+    """Phase 1: Eq. (4) + lam Eq. (6); phase 2: Eq. (7). target: y, clean, y_bar, (B,) each."""
+    (y, clean, y_bar), tau = target, job.clip_model.logit_scale.exp()
     l_pos = logits(f, t_pos, tau)                                               # (B, C)
     loss = loss_cls(l_pos, y, clean)
-    if phase == 2:
-        f, t_pos = f.detach(), t_pos.detach()
-    if "all_images" in added:
-        t_pos = t_pos.detach()
-    if phase == 1 or "go_on" in added:
-        judged = logits(f, t_pos, tau), logits(f, t_neg, tau)                   # 2 x (B, C)
-        of = clean | ("all_images" in added)                                    # (A5) (B,)
-        loss = loss + job.args.lam * loss_neg(*judged, y_neg, y_bar, of)
-    return loss + clean.any() * fairness(l_pos) if "fairness" in added else loss
+    if phase == 1:
+        l_neg = logits(f, t_neg, tau)                                           # (B, C)
+        loss = loss + job.args.lam * loss_neg(l_pos, l_neg, y, y_bar, clean)
+    return loss
 
 
 def warm_cosine(step, total):
@@ -318,14 +281,11 @@ def warm_cosine(step, total):
 
 
 def start_phase(job, number, students, steps):
-    """What learns in a phase of so many steps: students, EMA copies (A10), optimiser."""
+    """What learns in a phase of so many steps: students, EMA copies (A4), optimiser."""
     args = job.args
-    if number == 2 and "go_on" in job.added:                                    # (A9)
-        for student in students:
-            student.continue_in_phase2(job.clip_model)
-    elif number == 2:
+    if number == 2:
         students = nn.ModuleList(FullModel(job.clip_model, job.t0, me) for me in students)
-    if "adam" in job.added:                                                     # (A11)
+    if "adam" in job.added:                                                     # (A5)
         groups = [g for student in students for g in student.param_groups(args.lr1, args.lr2)]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=job.device.type == "cuda")
     else:
@@ -339,18 +299,15 @@ def start_phase(job, number, students, steps):
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warm_cosine, total=steps)))
 
 
-def train_step(job, phase, batches, y, clean, p):
-    """One step of both students, each on its own batch (x, i). y, clean (2, N), p (2, N, C): see
-    select_clean. Returns what the log shows."""
-    scale, losses = job.scaler.get_scale(), []
+def train_step(job, phase, batches, y, clean):
+    """One step of both students, each on its own batch (x, i). y, clean (2, N): see select_clean.
+    Returns what the log shows."""
+    scale, losses, C = job.scaler.get_scale(), [], len(job.dataset.class_names)
     phase.optimizer.zero_grad()
-    for me, (peer, (x, i)) in enumerate(zip(job.peers, batches)):               # x (B, 3, R, R)
+    for me, (x, i) in enumerate(batches):                                       # x (B, 3, R, R)
         i = data.gather(i)                              # of all processes
-        p_peer = p[peer, i]                                                     # (B, C)
-        y_neg = p_peer.argmax(dim=1) if "all_images" in job.added else y[me, i]     # (A5) (B,)
-        chances = p_peer if "likely" in job.added else torch.ones_like(p_peer)      # (A6)
-        y_bar = complementary_labels(chances, y_neg)                            # (B,)
-        target = [v.to(job.device) for v in (y[me, i], clean[me, i], y_neg, y_bar)]
+        y_bar = complementary_labels(y[me, i], C)                               # (B,)
+        target = [v.to(job.device) for v in (y[me, i], clean[me, i], y_bar)]
         with job.autocast():
             f, t_pos, t_neg = phase.forward[me](job.clip_model, x)              # (B, D), 2 x (C, D)
         loss = total_loss(job, phase.number, data.gather(f), t_pos, t_neg, target)
@@ -362,7 +319,7 @@ def train_step(job, phase, batches, y, clean, p):
     skipped = job.scaler.get_scale() < scale
     if not skipped:
         phase.schedule.step()
-        averaged = phase.number == 2 and "ema" in job.added                     # (A10)
+        averaged = phase.number == 2 and "ema" in job.added                     # (A4)
         decay = min(0.99, phase.step / (phase.step + 9)) if averaged else 0.0
         for teacher, v in zip(phase.teachers.parameters(), phase.students.parameters()):
             teacher.lerp_(v.detach(), 1 - decay)
@@ -385,24 +342,30 @@ def train_phase(job, number, students, view, labels, tables):
     if run.state:
         state = run.restore(parts)
         phase.step, lesson = state["step"], state["lesson"]
-    judge = number == 1 or "go_on" in job.added         # else phase 1's verdicts stand
+    judge = number == 1                                 # in phase 2 its p_clean stands
+    looks = job.train if "views" not in job.added else job.load(                # (A1)
+        images.view(view), epoch=first, seed=4 * args.seed + number)
     for epoch in range(first, epochs):
         p = guess(tables[0], job.added)                                         # (2, N, C)
-        if lesson is None or number == 1 or "fresh" in job.added:               # (A7)
-            lesson = select_clean(number, p, tables[1], labels, job.peers, job.added)
+        if lesson is None or number == 1 or "fresh" in job.added:               # (A3)
+            lesson = select_clean(number, p, tables[1], labels, job.peers)
         y, clean = lesson                                                       # (2, N) each
-        if not ("all_images" in job.added and judge):   # batches of clean images only; else (A5)
-            for loader, mine in zip(loaders, clean):
-                loader.sampler.among = mine.nonzero()[:, 0].tolist()
+        for loader, mine in zip(loaders, clean):        # batches of clean images only
+            loader.sampler.among = mine.nonzero()[:, 0].tolist()
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
                                  f"phase {number} epoch {epoch + 1}/{epochs}", steps - phase.step):
-            run.rows.append(train_step(job, phase, batches, y, clean, p))
+            run.rows.append(train_step(job, phase, batches, y, clean))
         means = run.means(f"--lr{number}")
-        p, p_clean = predict(job, phase.teachers, job.train, judge)             # (2, N, C) each
+        p, p_clean = predict(job, phase.teachers, looks, judge)                 # (2, N, C) each
+        if "views" in job.added:                        # (A1) means of this phase: p with the one
+            p = tables[0] + (p - tables[0]) / (epoch + 2)               # that it started from
+            p_clean = tables[1] + (p_clean - tables[1]) / (epoch + 1)
         tables = p, p_clean if judge else tables[1]
-        p_test = p if job.test is job.train else predict(job, phase.teachers, job.test, False)[0]
+        y_test, p_test = job.dataset.test.y_true, None
+        if y_test is not None:
+            p_test = predict(job, phase.teachers, job.test, False)[0].mean(dim=0)       # (N, C)
         run.report(phase=number, epoch=epoch + 1, **means,
-                   accuracy=data.accuracy(p_test.mean(dim=0), job.dataset.test.y_true),
+                   accuracy=data.accuracy(p_test, y_test),
                    **diagnostics(tables, lesson, judge, job.peers, images.y_true))
         run.checkpoint(parts, phase=number, epoch=epoch + 1, step=phase.step, tables=tables,
                        lesson=lesson)
@@ -430,7 +393,7 @@ def predict(job, students, loader, judge=True):
     clip_model, tau = job.clip_model, job.clip_model.logit_scale.exp()
     with job.autocast():
         t_pos = [me.texts(clip_model)[0].float() for me in students]            # (C, D) each
-        judges = [getattr(me, "judge", me) for me in students]                  # (A9) itself
+        judges = [getattr(me, "judge", me) for me in students]                  # phase 1: itself
         texts = [[t.float() for t in one.texts(clip_model)] for one in judges]
     p, p_clean = torch.zeros(2, 2, loader.N, len(t_pos[0]))                     # (2, N, C) each
     for x, i in loader:                                                         # (B, 3, R, R), (B,)
@@ -489,16 +452,20 @@ def adapt(args):
     # CLIP's own guesses, and the confident ones among them
     prompts = [[template.format(c) for template in dataset.templates] for c in names]
     job.t0 = t0 = clip.zeroshot_classifier(clip_model, prompts)                 # (C, D)
-    p0, p0_test = (zero_shot(job, t0, loader) for loader in (job.train, job.test))      # (N, C)
+    zero = data.accuracy(zero_shot(job, t0, job.test), dataset.test.y_true)
+    data.report_zero_shot(job, zero)
+    weak, _ = data.augmented_views(job, lambda view: zero_shot(job, t0, job.load(view)))
+    if "views" in added:                                                        # (A1)
+        looks = job.load(dataset.train.view(weak), seed=args.seed)
+        p0 = sum(zero_shot(job, t0, looks) for _ in range(VIEWS)) / VIEWS       # (N, C)
+    else:
+        p0 = zero_shot(job, t0, job.train)
     K = math.ceil(args.k if args.k >= 1 else args.k * len(p0) / len(names))
     y, confident = pseudo_labels(guess(p0[None], added)[0], K)                  # (N,) each
     labels = torch.stack([y, y]), torch.stack([confident, confident])           # for both students
-    zero = data.accuracy(p0_test, dataset.test.y_true)
-    data.report_zero_shot(job, zero)
-    weak, _ = data.augmented_views(job, lambda view: zero_shot(job, t0, job.load(view)))
 
     # two students, which differ in their random numbers, learn from each other
-    students = nn.ModuleList(Student(clip_model, names, dataset.templates[0], args, added)
+    students = nn.ModuleList(Student(clip_model, names, dataset.templates[0], args)
                              for _ in range(2)).to(job.device)
     tables = torch.stack([p0, p0]), torch.ones(2, *p0.shape)        # p, p_clean: (2, N, C) each
     if run.state:                                       # --resume

@@ -1,5 +1,5 @@
 """CoFT+: CoFT with three parts more (same paper, arXiv 2602.04337). Read coft.py first; its letters
-are used here, and d contrastive embedding, Q keys in the queue.
+are used here, and Q keys in the queue.
 
 `diff coft.py coft_plus.py` shows the three: sentences that an LLM wrote help the first guess; phase
 1 goes in rounds, each from the labels of the last; in phase 2 a momentum-contrastive loss learns
@@ -16,8 +16,7 @@ Run:  python coft_plus.py                               the demo, offline; READM
       python coft_plus.py --data ./photos --classes cat,dog --prompts mine.json
 
 The paper does not say, so decided here, beyond coft.py: three rounds, temperature 0.1, a queue of
-half an epoch or 16 batches at most, EMA decay 0.99 at most (phase 1: 0.9, A14); classes without
-sentences get the template.
+half an epoch or 16 batches at most; classes without sentences get the template.
 """
 import argparse
 import copy
@@ -37,31 +36,21 @@ import clip
 import data
 
 # What `--recipe ours` adds to the paper or does otherwise, and where. `ours-ema` leaves one out,
-# `paper+balance+fresh` adds two.
+# `paper+views+balance` adds two.
 ADDITIONS = {
-    "balance":    "A1  labels from posteriors divided by their class marginal: guess, train_phase",
-    "fairness":   "A2  a term that spreads each batch over the classes: total_loss",
-    "filter1":    "A3  phase 1 learns only from what the peer calls clean: select_clean",
-    "per_class":  "A4  a context per class in V-, not a shared one: Student",
-    "all_images": "A5  L_neg sees all images with the peer's labels, t+ a constant: train_step",
-    "likely":     "A6  complementary labels that the peer finds likely, not uniform: train_step",
-    "fresh":      "A7  labels, and with A9 verdicts, anew each epoch of phase 2: train_phase",
-    "one_judge":  "A8  phase 2 takes label and verdict from the same peer: select_clean",
-    "go_on":      "A9  phase 2 keeps the visual prompts; t+ and t- learn on as matrices: Student",
-    "ema":        "A10 moving averages of phase 2's students label, judge, predict: train_step",
-    "adam":       "A11 AdamW, rates relative to the size of words, not SGD: param_groups",
-    "mix_texts":  "A12 template and sentences are averaged, and t+ with them: adapt, Student",
-    "agree":      "A13 S* holds what both students agree on, grows, in phase 2 too: next_labels",
-    "contrast1":  "A14 the contrastive loss in phase 1 too, whose EMA copies judge: train_step",
-    "project":    "A15 it compares projections of the features: Student",
-    "label_keys": "A16 keys of the batch count too, those with the same clean label as positives:"
-                  " info_nce",
+    "views":   "A1 labels from posteriors averaged over weak views and epochs: adapt, train_phase",
+    "balance": "A2 labels from posteriors balanced over the classes: guess",
+    "fresh":   "A3 labels, and so verdicts, anew each epoch of phase 2: train_phase",
+    "ema":     "A4 moving averages of phase 2's students label and predict: train_step",
+    "adam":    "A5 AdamW, rates relative to the size of words, not SGD: param_groups",
+    "mix":     "A6 template and sentences are averaged, and the FC layer starts there: adapt",
 }
+VIEWS = 8           # (A1) of each image, for the first labels
 SETTINGS = {    # where no flag says otherwise: (tiny CLIPs, D < 512; OpenAI's models)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lr1": (0.03, 0.03),
               "lr2": (0.01, 5e-4), "epochs1": (4, 10), "epochs2": (4, 10), "gamma": (0.1, 0.1)},
-    "ours": {"k": (0.3, 0.3), "ctx": (0, 0), "peft_size": (4, 20), "lr1": (2e-3, 2e-3),
-             "lr2": (3e-4, 1e-5), "epochs1": (4, 4), "epochs2": (4, 4), "gamma": (1.0, 1.0)}}
+    "ours": {"k": (16, 16), "ctx": (0, 0), "peft_size": (4, 20), "lr1": (2e-3, 2e-3),
+             "lr2": (3e-4, 1e-5), "epochs1": (4, 4), "epochs2": (6, 6), "gamma": (0.1, 0.1)}}
 
 # ======== equations ========
 
@@ -102,75 +91,55 @@ def log_p_clean(l_pos, l_neg):
     return F.logsigmoid(l_pos - l_neg), F.logsigmoid(l_neg - l_pos)
 
 
-def loss_neg(l_pos, l_neg, y, y_bar, of):
-    """Eq. (6): mean of -log p_clean_y - log(1 - p_clean_ybar) over the images `of`; 0 if there are
-    none. l (B, C), y and y_bar (B,), of (B,) bool."""
+def loss_neg(l_pos, l_neg, y, y_bar, clean):
+    """Eq. (6): mean of -log p_clean_y - log(1 - p_clean_ybar) over the clean images; 0 if there are
+    none. l (B, C), y and y_bar (B,), clean (B,) bool."""
     log_clean, log_unclean = log_p_clean(l_pos, l_neg)                          # (B, C) each
     loss = -(log_clean.gather(1, y[:, None]) + log_unclean.gather(1, y_bar[:, None]))[:, 0]
-    return (loss * of).sum() / of.sum().clamp(min=1)
+    return (loss * clean).sum() / clean.sum().clamp(min=1)
 
 
-def complementary_labels(p, y):
-    """ybar of Eq. (6): a class other than y, drawn from p without y (y itself if there are no
-    others): uniform p as published, or (A6) a posterior. p (B, C), y (B,) -> (B,)."""
-    others = (p + 1e-6).scatter(1, y[:, None], 0.0 if p.shape[1] > 1 else 1.0)  # (B, C)
-    return torch.multinomial(others, 1)[:, 0]
+def complementary_labels(y, C):
+    """ybar of Eq. (6): any of the other C - 1 classes, all as likely (y itself if C = 1).
+    y (B,) -> (B,)."""
+    return (y + torch.randint(1, max(2, C), y.shape)) % C
 
 
-def distribution_alignment(p):
-    """(A1) p_k / (mean over all images of p_k), then normalised. p (N, C) -> (N, C)."""
-    p = p / p.mean(dim=0, keepdim=True).clamp(min=0.01 / p.shape[1])
-    return p / p.sum(dim=1, keepdim=True)
+def balanced(p):
+    """(A2) p_k / (mean over all images of p_k), then normalised; 20 times (Sinkhorn's iteration):
+    in sum all classes get about the same. p (N, C) -> (N, C)."""
+    for _ in range(20):
+        p = p / p.mean(dim=0, keepdim=True).clamp(min=0.01 / p.shape[1])
+        p = p / p.sum(dim=1, keepdim=True)
+    return p
 
 
-def next_labels(p, K, added, part):
-    """Section 3.3.1: a round's y and S*, (2, N) each: the K most confident of each class, each
-    student's own. (A13) The mean's, where both give the same label; K grows with the part of the
-    run that is over, 0 to 1. p (2, N, C)."""
-    if "agree" in added:
-        K = math.ceil(K + (p.shape[1] / p.shape[2] - K) * part)
-        y, confident = pseudo_labels(guess(p.mean(dim=0)[None], added)[0], K)   # (N,) each
-        confident &= p[0].argmax(dim=1) == p[1].argmax(dim=1)
-        return torch.stack([y, y]), torch.stack([confident, confident])
+def next_labels(p, K, added):
+    """Section 3.3.1: a round's y and S*, (2, N) each, of each student its own. p (2, N, C)."""
     y, confident = zip(*(pseudo_labels(q, K) for q in guess(p, added)))
     return torch.stack(y), torch.stack(confident)
 
 
-def info_nce(q, k, y, queue, temperature=0.1):
-    """Eq. (8): mean of -log softmax(q.keys / temperature)_positive. Unit rows q, k (B, d).
-
-    The keys of image b are its own, k_b, which is the positive, and the queue's (MoCo, arXiv
-    1911.05722). (A16) With labels y (B,), -1: not clean, also those of the batch, and all that have
-    the label y_b are positives and count alike (SupCon, 2004.11362)."""
-    if y is None:
-        own, others = (q * k).sum(dim=1, keepdim=True), q @ queue.k.clone().T   # (B, 1), (B, Q)
-        l = torch.cat([own, others], dim=1)             # (B, 1 + Q)
-        return F.cross_entropy(l / temperature, torch.zeros_like(l[:, 0], dtype=torch.long))
-    keys, y_keys = torch.cat([k, queue.k]), torch.cat([y, queue.y])             # (B + Q, d)
-    same = (y[:, None] == y_keys) & (y >= 0)[:, None]                           # (B, B + Q)
-    same |= torch.eye(len(q), len(keys), dtype=torch.bool, device=q.device)
-    log_p = (q @ keys.T / temperature).log_softmax(dim=1)                       # (B, B + Q)
-    return -((log_p * same).sum(dim=1) / same.sum(dim=1)).mean()
-
-
-def fairness(l):
-    """(A2) -mean_k log(mean over the batch of softmax(l)_k); wants B > C. l (B, C)."""
-    return -l.softmax(dim=1).mean(dim=0).clamp(min=1e-6).log().mean()
+def info_nce(q, k, queue, temperature=0.1):
+    """Eq. (8): mean of -log softmax(q.keys / temperature)_own; keys of image b are its own, k_b, and
+    the queue's (MoCo, arXiv 1911.05722). Unit rows q, k (B, D), queue (Q, D)."""
+    l = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue.T], dim=1)       # (B, 1 + Q)
+    return F.cross_entropy(l / temperature, torch.zeros(len(l), dtype=torch.long, device=l.device))
 
 
 # ======== modules ========
 
 
-WORD_STD = 0.06     # of tiny's word vectors, for which lr1 and the noise were chosen
+WORD_STD = 0.06     # of tiny's word vectors, for which (A5) lr1 and the noise were chosen
 
 
 class Prompt(nn.Module):
     """Eq. (2), (3): L learnable context vectors before each class name: [V_1] ... [V_L] cat.
 
-    They are shared by all classes or, if class_specific, one set per class. They start from random
-    words, as large as CLIP's; for L = 0 from those before the class name in the template ("a photo
-    of a" if there are none) and a little noise: at CLIP's zero-shot classifier."""
-    def __init__(self, clip_model, class_names, template, L, class_specific):
+    All classes share them. They start from random words, as large as CLIP's; for L = 0 from those
+    before the class name in the template ("a photo of a" if there are none) and a little noise: at
+    CLIP's zero-shot classifier."""
+    def __init__(self, clip_model, class_names, template, L):
         super().__init__()
         words = " ".join(["x"] * L) or template.split("{}")[0].strip() or "a photo of a"
         rest = template.split("{}", 1)[1]
@@ -179,7 +148,7 @@ class Prompt(nn.Module):
         known = clip_model.token_embedding.weight.detach()              # (vocabulary, W)
         tokens = tokens[:, :tokens.argmax(dim=1).max() + 1].to(known.device)    # (C, T), T: longest
         emb = known[tokens]                                             # (C, T, W)
-        start = emb[:len(emb) if class_specific else 1, 1:1 + n]        # (C or 1, L, W)
+        start = emb[:1, 1:1 + n]                                        # (1, L, W)
         noise = 0.01 * min(1.0, float(start.std()) / WORD_STD)
         if L:
             start, noise = 0 * start, known[known.any(dim=1)].std()     # tiny lacks most words
@@ -192,8 +161,7 @@ class Prompt(nn.Module):
         """-> t (C, D), unit rows."""
         ctx = self.ctx.expand(len(self.eot), -1, -1)                    # (C, L, W)
         emb = torch.cat([self.token_prefix, ctx, self.token_suffix], dim=1)     # (C, T, W)
-        shared = 1 + ctx.shape[1] if len(self.ctx) == 1 else 0          # tokens that all start with
-        t = clip_model.encode_text_embeddings(emb, self.eot, chunk=256, shared=shared)
+        t = clip_model.encode_text_embeddings(emb, self.eot, chunk=256, shared=1 + ctx.shape[1])
         return F.normalize(t, dim=-1)
 
 
@@ -210,35 +178,24 @@ class Adapter(nn.Module):
 
 
 class Queue(nn.Module):
-    """Eq. (9): the last Q keys and their clean labels (-1: not clean). First in, first out; at the
-    start random directions without labels."""
-    def __init__(self, Q, d):
+    """Eq. (9): the last Q keys, first in, first out; at the start random directions."""
+    def __init__(self, Q, D):
         super().__init__()
-        self.register_buffer("k", F.normalize(torch.randn(Q, d), dim=1))        # (Q, d) unit rows
-        self.register_buffer("y", torch.full((Q,), -1))                         # (Q,)
+        self.register_buffer("k", F.normalize(torch.randn(Q, D), dim=1))        # (Q, D) unit rows
 
-    def push(self, k, y):
-        """k (B, d) and y (B,) take the places of the B oldest."""
+    def push(self, k):
+        """k (B, D) take the places of the B oldest."""
         self.k.copy_(torch.cat([self.k, k])[-len(self.k):])
-        self.y.copy_(torch.cat([self.y, y])[-len(self.y):])
 
 
 class Student(nn.Module):
-    """One of the two models of phase 1: V+, V- and the light visual modules. (A9) It goes on in
-    phase 2 with an image encoder and two classifiers (2, C, D) of its own. CLIP itself is frozen
-    and shared. args: peft, peft_size, ctx, gamma. t0 (C, D): the texts of the sentences (A12), or
-    None."""
-    def __init__(self, clip_model, class_names, template, args, added, t0):
+    """One of the two models of phase 1: V+, V- and the light visual modules. CLIP itself is frozen
+    and shared. args: peft, peft_size, ctx."""
+    def __init__(self, clip_model, class_names, template, args):
         super().__init__()
-        self.register_buffer("t0", t0)                                  # (C, D)
-        self.head, D = None, clip_model.visual.output_dim
-        if args.gamma and "project" in added:                           # (A15) D -> d
-            self.head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 64))
-            self.head.requires_grad_("contrast1" in added)
-        self.pos = Prompt(clip_model, class_names, template, args.ctx, class_specific=False)
-        self.neg = Prompt(clip_model, class_names, template, args.ctx, "per_class" in added)  # (A4)
+        self.pos = Prompt(clip_model, class_names, template, args.ctx)
+        self.neg = Prompt(clip_model, class_names, template, args.ctx)
         self.prompts = self.adapters = None             # one of them, see clip/model.py
-        self.visual = self.classifier = None            # of phase 2
         if args.peft == "vpt":                                          # VPT-deep, arXiv 2203.12119
             blocks = clip_model.visual.transformer
             self.prompts = nn.Parameter(0.02 * torch.randn(blocks.layers, args.peft_size,
@@ -247,47 +204,26 @@ class Student(nn.Module):
             widths = clip_model.visual.adapter_widths
             self.adapters = nn.ModuleList(Adapter(width, args.peft_size) for width in widths)
 
-    def continue_in_phase2(self, clip_model):
-        """(A9) Own copy of the image encoder; the classifier, (2, C, D), starts at t+ and t-."""
-        self.classifier = nn.Parameter(torch.stack(self.texts(clip_model)).detach())    # (2, C, D)
-        self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
-        self.pos.requires_grad_(False)
-        self.neg.requires_grad_(False)
-        if self.head:
-            self.head.requires_grad_(True)
-
     def texts(self, clip_model):
-        """t+ and t-, unit rows (C, D): the prompts' in phase 1; (A9) then matrices that started
-        there, so that phase 2 does not run the text tower."""
-        if self.classifier is None:
-            t_pos, t_neg = self.pos(clip_model), self.neg(clip_model)           # (C, D) each
-            return t_pos if self.t0 is None else F.normalize(t_pos + self.t0, dim=-1), t_neg
-        return F.normalize(self.classifier, dim=-1).unbind()
+        """t+ and t-, unit rows (C, D)."""
+        return self.pos(clip_model), self.neg(clip_model)
 
     def features(self, clip_model, x):
         """Images (B, 3, R, R) -> unit features (B, D)."""
-        visual = self.visual or clip_model.visual
-        return F.normalize(visual(x, self.prompts, self.adapters).float(), dim=-1)
+        f = clip_model.visual(x, self.prompts, self.adapters)
+        return F.normalize(f.float(), dim=-1)
 
     def forward(self, clip_model, x):
-        """Images (B, 3, R, R) -> f (B, D), t+ (C, D), t- (C, D), q (B, d): fp32 unit vectors."""
-        (t_pos, t_neg), f = self.texts(clip_model), self.features(clip_model, x)
-        return f, t_pos.float(), t_neg.float(), self.project(f)
-
-    def project(self, f):
-        """f (B, D) -> q (B, d), unit vectors for info_nce: f itself, or (A15) projected."""
-        return f if self.head is None else F.normalize(self.head(f).float(), dim=-1)
+        """Images (B, 3, R, R) -> f (B, D), t+ (C, D), t- (C, D): fp32 unit vectors."""
+        t_pos, t_neg = self.texts(clip_model)
+        return self.features(clip_model, x), t_pos.float(), t_neg.float()
 
     def param_groups(self, lr1, lr2):
-        """(A11) What learns, and how fast."""
-        head = [{"params": self.head.parameters(), "lr": 1e-3}] if self.head else []
+        """(A5) What learns, and how fast."""
         light = [self.prompts] if self.adapters is None else list(self.adapters.parameters())
-        if self.visual is None:
-            word = lr1 * float(self.pos.ctx.detach().std()) / WORD_STD
-            return head + [{"params": light, "lr": lr1}, {"params": [self.pos.ctx], "lr": word},
-                           {"params": [self.neg.ctx], "lr": 10 * word}]
-        return head + [{"params": light, "lr": lr2}, {"params": [self.classifier], "lr": lr1},
-                {"params": self.visual.parameters(), "lr": lr2, "weight_decay": 0.01}]
+        word = lr1 * float(self.pos.ctx.detach().std()) / WORD_STD
+        return [{"params": light, "lr": lr1}, {"params": [self.pos.ctx], "lr": word},
+                {"params": [self.neg.ctx], "lr": 10 * word}]
 
 
 class FullModel(nn.Module):
@@ -299,8 +235,6 @@ class FullModel(nn.Module):
         self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
         self.fc = nn.Parameter(F.pad(t0, (0, 1)))                       # [W, b] (C, D + 1)
         self.judge = student.requires_grad_(False)
-        if student.head:
-            student.head.requires_grad_(True)                                   # (A15)
 
     def texts(self, clip_model):
         """[W, b] / tau (C, D + 1), so that `logits` of `features` gives W v + b; there is no t-."""
@@ -311,18 +245,12 @@ class FullModel(nn.Module):
         return F.pad(self.visual(x).float(), (0, 1), value=1.0)
 
     def forward(self, clip_model, x):
-        """Images (B, 3, R, R) -> [v, 1] (B, D + 1), [W, b] / tau (C, D + 1), None, q (B, d)."""
-        f = self.features(clip_model, x)
-        return f, *self.texts(clip_model), self.project(f)
-
-    def project(self, f):
-        """[v, 1] (B, D + 1) -> q (B, d), as Student.project."""
-        return self.judge.project(F.normalize(f[:, :-1], dim=-1))
+        """Images (B, 3, R, R) -> [v, 1] (B, D + 1), [W, b] / tau (C, D + 1), None; fp32."""
+        return self.features(clip_model, x), *self.texts(clip_model)
 
     def param_groups(self, lr1, lr2):
-        """(A11) What learns, and how fast."""
-        head = [v for v in self.judge.parameters() if v.requires_grad]          # (A15)
-        return [{"params": head, "lr": 1e-3}, {"params": [self.fc], "lr": lr1},
+        """(A5) What learns, and how fast."""
+        return [{"params": [self.fc], "lr": lr1},
                 {"params": self.visual.parameters(), "lr": lr2, "weight_decay": 0.01}]
 
 
@@ -330,45 +258,31 @@ class FullModel(nn.Module):
 
 
 def guess(p, added):
-    """The posteriors that labels are taken from: p (2, N, C) as it is; (A1) balanced."""
-    return torch.stack([distribution_alignment(q) for q in p]) if "balance" in added else p
+    """The posteriors that labels are taken from: p (2, N, C) as it is; (A2) balanced."""
+    return torch.stack([balanced(q) for q in p]) if "balance" in added else p
 
 
-def select_clean(phase, p, p_clean, labels, peers, added):
+def select_clean(phase, p, p_clean, labels, peers):
     """What each student is taught next: labels y (2, N) and which are clean (2, N) bool.
 
-    Phase 1: `labels`, y and S* (2, N) each, as they are; (A3) those of S* that the peer calls
-    clean, p_clean_y > 1/2. Phase 2, section 3.2.2: the student's labels for all images, as the peer
-    lets them pass; (A8) the peer's labels. p, p_clean (2, N, C)."""
-    (y, confident), cleans = labels, []
-    if phase == 2:
-        y = p.argmax(dim=2)[list(peers) if "one_judge" in added else [0, 1]]    # (2, N)
-    for me, peer in enumerate(peers):
-        clean = p_clean[peer].gather(1, y[me, :, None])[:, 0] > 0.5             # (N,)
-        if phase == 1:
-            clean = confident[me] & (clean | ("filter1" not in added))
-        cleans.append(clean)
-    return y, torch.stack(cleans)
+    Phase 1: `labels`, y and S*, (2, N) each, as they are. Phase 2, section 3.2.2: the student's own
+    labels of all images, as the peer lets them pass, p_clean_y > 1/2. p, p_clean (2, N, C)."""
+    if phase == 1:
+        return labels
+    y = p.argmax(dim=2)                                                         # (2, N)
+    judged = [p_clean[peer].gather(1, y[me, :, None])[:, 0] for me, peer in enumerate(peers)]
+    return y, torch.stack(judged) > 0.5
 
 
 def total_loss(job, phase, f, t_pos, t_neg, target):
-    """Phase 1: Eq. (4) + lam Eq. (6); phase 2: Eq. (7). target: y, clean, and the labels of Eq. (6)
-    y_neg, y_bar, (B,) each.
-
-    (A5) t+ enters Eq. (6) as a constant. (A9) In phase 2 t- learns on by Eq. (6), as a spectator:
-    f's gradient would destroy the encoder. (A2) Fairness alone would make predictions uniform."""
-    (y, clean, y_neg, y_bar), added, tau = target, job.added, job.clip_model.logit_scale.exp()
+    """Phase 1: Eq. (4) + lam Eq. (6); phase 2: Eq. (7). target: y, clean, y_bar, (B,) each."""
+    (y, clean, y_bar), tau = target, job.clip_model.logit_scale.exp()
     l_pos = logits(f, t_pos, tau)                                               # (B, C)
     loss = loss_cls(l_pos, y, clean)
-    if phase == 2:
-        f, t_pos = f.detach(), t_pos.detach()
-    if "all_images" in added:
-        t_pos = t_pos.detach()
-    if phase == 1 or "go_on" in added:
-        judged = logits(f, t_pos, tau), logits(f, t_neg, tau)                   # 2 x (B, C)
-        of = clean | ("all_images" in added)                                    # (A5) (B,)
-        loss = loss + job.args.lam * loss_neg(*judged, y_neg, y_bar, of)
-    return loss + clean.any() * fairness(l_pos) if "fairness" in added else loss
+    if phase == 1:
+        l_neg = logits(f, t_neg, tau)                                           # (B, C)
+        loss = loss + job.args.lam * loss_neg(l_pos, l_neg, y, y_bar, clean)
+    return loss
 
 
 def warm_cosine(step, total):
@@ -377,54 +291,47 @@ def warm_cosine(step, total):
 
 
 def start_phase(job, number, students, steps):
-    """What learns in a phase of so many steps: students, EMA copies (A10), optimiser."""
+    """What learns in a phase of so many steps: students, EMA copies (A4), optimiser."""
     args = job.args
-    if number == 2 and "go_on" in job.added:                                    # (A9)
-        for student in students:
-            student.continue_in_phase2(job.clip_model)
-    elif number == 2:
+    if number == 2:
         students = nn.ModuleList(FullModel(job.clip_model, job.t0, me) for me in students)
-    if "adam" in job.added:                                                     # (A11)
+    if "adam" in job.added:                                                     # (A5)
         groups = [g for student in students for g in student.param_groups(args.lr1, args.lr2)]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=job.device.type == "cuda")
     else:
         learns = [v for v in students.parameters() if v.requires_grad]
         optimizer = torch.optim.SGD(learns, args.lr1 if number == 1 else args.lr2, momentum=0.9,
                                     weight_decay=5e-4)
-    B, N, width = args.batch_size, len(job.dataset.train), job.clip_model.visual.output_dim
-    Q, d = math.ceil(min(16, N / 2 / B)) * B, 64 if "project" in job.added else width
-    contrast = args.gamma and (number == 2 or "contrast1" in job.added)         # (A14)
+    B, N, D = args.batch_size, len(job.dataset.train), job.clip_model.visual.output_dim
+    Q = math.ceil(min(16, N / 2 / B)) * B
     return SimpleNamespace(
-        queues=nn.ModuleList(Queue(Q, d) for _ in range(2) if contrast).to(job.device),
+        queues=nn.ModuleList(Queue(Q, D) for _ in range(2) if args.gamma and number == 2
+                             ).to(job.device),
         number=number, students=students, teachers=copy.deepcopy(students).requires_grad_(False),
         forward=[data.distributed(student) for student in students],    # averages gradients
         optimizer=optimizer, step=0,
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warm_cosine, total=steps)))
 
 
-def train_step(job, phase, batches, y, clean, p):
-    """One step of both students, on batches (x, x_key, i). y, clean (2, N), p (2, N, C): see
+def train_step(job, phase, batches, y, clean):
+    """One step of both students, each on its own batch (x, x_key, i). y, clean (2, N): see
     select_clean. Returns what the log shows."""
-    scale, losses = job.scaler.get_scale(), []
+    scale, losses, C = job.scaler.get_scale(), [], len(job.dataset.class_names)
     phase.optimizer.zero_grad()
-    for me, (peer, (x, x_key, i)) in enumerate(zip(job.peers, batches)):        # x (B, 3, R, R)
+    for me, (x, x_key, i) in enumerate(batches):                                # x (B, 3, R, R)
         i = data.gather(i)                              # of all processes
-        p_peer = p[peer, i]                                                     # (B, C)
-        y_neg = p_peer.argmax(dim=1) if "all_images" in job.added else y[me, i]     # (A5) (B,)
-        chances = p_peer if "likely" in job.added else torch.ones_like(p_peer)      # (A6)
-        y_bar = complementary_labels(chances, y_neg)                            # (B,)
-        target = [v.to(job.device) for v in (y[me, i], clean[me, i], y_neg, y_bar)]
+        y_bar = complementary_labels(y[me, i], C)                               # (B,)
+        target = [v.to(job.device) for v in (y[me, i], clean[me, i], y_bar)]
         with job.autocast():
-            f, t_pos, t_neg, q = phase.forward[me](job.clip_model, x)           # (B, D), 2 x (C, D)
-        loss = total_loss(job, phase.number, data.gather(f), t_pos, t_neg, target)
+            f, t_pos, t_neg = phase.forward[me](job.clip_model, x)              # (B, D), 2 x (C, D)
+        f = data.gather(f)
+        loss = total_loss(job, phase.number, f, t_pos, t_neg, target)
         if phase.queues:                                # Eq. 8-10; keys have no gradient
             with torch.no_grad(), job.autocast():
-                f_key = phase.teachers[me].features(job.clip_model, x_key)      # (B, D)
-                k = data.gather(phase.teachers[me].project(f_key))    # (B, d)
-            y_clean, queue = target[0].masked_fill(~target[1], -1), phase.queues[me]    # (B,)
-            y_keys = y_clean if "label_keys" in job.added else None             # (A16)
-            loss = loss + job.args.gamma * info_nce(data.gather(q), k, y_keys, queue)
-            queue.push(k, y_clean)
+                k = data.gather(phase.teachers[me].features(job.clip_model, x_key))
+            q, k = (F.normalize(v[:, :-1], dim=-1) for v in (f, k))     # (B, D) each, without the 1
+            loss = loss + job.args.gamma * info_nce(q, k, phase.queues[me].k.clone())
+            phase.queues[me].push(k)
         job.scaler.scale(loss).backward()
         losses.append(loss.detach())
     job.scaler.step(phase.optimizer)                    # left out if fp16 overflowed,
@@ -433,9 +340,8 @@ def train_step(job, phase, batches, y, clean, p):
     skipped = job.scaler.get_scale() < scale
     if not skipped:
         phase.schedule.step()
-        most = 0.9 if phase.number == 1 else 0.99
-        averaged = len(phase.queues) > 0 or phase.number == 2 and "ema" in job.added    # (A10)
-        decay = min(most, phase.step / (phase.step + 9)) if averaged else 0.0
+        averaged = phase.number == 2 and ("ema" in job.added or job.args.gamma)     # (A4)
+        decay = min(0.99, phase.step / (phase.step + 9)) if averaged else 0.0
         for teacher, v in zip(phase.teachers.parameters(), phase.students.parameters()):
             teacher.lerp_(v.detach(), 1 - decay)
     return {"loss": sum(losses) / 2, "skipped": int(skipped)}
@@ -454,33 +360,36 @@ def train_phase(job, number, round, students, view, labels, tables):
     phase = start_phase(job, number, students, max(1, steps))
     parts = {"scaler": job.scaler, "students": phase.students, "teachers": phase.teachers,
              "optimizer": phase.optimizer, "schedule": phase.schedule, "queues": phase.queues}
-    models = phase.teachers if number == 1 or "ema" in job.added else phase.students    # (A10)
+    models = phase.teachers if "ema" in job.added else phase.students           # (A4)
     if run.state:
         state = run.restore(parts)
         phase.step, lesson = state["step"], state["lesson"]
-    judge = number == 1 or "go_on" in job.added         # else phase 1's verdicts stand
+    judge = number == 1                                 # in phase 2 its p_clean stands
+    looks = job.train if "views" not in job.added else job.load(                # (A1)
+        images.view(view), epoch=first, seed=4 * args.seed + number + 1000 * round)
     for epoch in range(first, epochs):
         p = guess(tables[0], job.added)                                         # (2, N, C)
-        if lesson is None or number == 1 or "fresh" in job.added:               # (A7)
-            lesson = select_clean(number, p, tables[1], labels, job.peers, job.added)
+        if lesson is None or number == 1 or "fresh" in job.added:               # (A3)
+            lesson = select_clean(number, p, tables[1], labels, job.peers)
         y, clean = lesson                                                       # (2, N) each
-        if number == 2 and "agree" in job.added and args.rounds > 1:            # (A13)
-            part = (args.rounds - 1 + epoch / max(1, epochs - 1)) / args.rounds
-            clean = clean & next_labels(tables[0], job.K, job.added, part)[1]
-        if not ("all_images" in job.added and judge or phase.queues):   # clean images; else (A5)
-            for loader, mine in zip(loaders, clean):
-                loader.sampler.among = mine.nonzero()[:, 0].tolist()
+        for loader, mine in zip(loaders, clean):        # batches of clean images, or for Eq. 8 all
+            loader.sampler.among = [] if phase.queues else mine.nonzero()[:, 0].tolist()
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
                                  f"phase {number} round {round + 1} epoch {epoch + 1}/{epochs}",
                                  steps - phase.step):
-            run.rows.append(train_step(job, phase, batches, y, clean, p))
+            run.rows.append(train_step(job, phase, batches, y, clean))
         means = run.means(f"--lr{number}")
-        p, p_clean = predict(job, models, job.train, judge)                     # (2, N, C) each
+        p, p_clean = predict(job, models, looks, judge)                         # (2, N, C) each
+        if "views" in job.added:                        # (A1) means of this phase: p with the one
+            p = tables[0] + (p - tables[0]) / (epoch + 2)               # that it started from
+            p_clean = tables[1] + (p_clean - tables[1]) / (epoch + 1)
         tables = p, p_clean if judge else tables[1]
-        p_test = p if job.test is job.train else predict(job, models, job.test, False)[0]
+        y_test, p_test = job.dataset.test.y_true, None
+        if y_test is not None:
+            p_test = predict(job, models, job.test, False)[0].mean(dim=0)       # (N, C)
         run.report(phase=number, round=round + 1, epoch=epoch + 1, **means,
-                   accuracy=data.accuracy(p_test.mean(dim=0), job.dataset.test.y_true),
-                   **diagnostics(tables, (y, clean), judge, job.peers, images.y_true))
+                   accuracy=data.accuracy(p_test, y_test),
+                   **diagnostics(tables, lesson, judge, job.peers, images.y_true))
         run.checkpoint(parts, phase=number, round=round, epoch=epoch + 1, step=phase.step,
                        tables=tables, labels=labels, lesson=lesson)
     return tables, models
@@ -507,7 +416,7 @@ def predict(job, students, loader, judge=True):
     clip_model, tau = job.clip_model, job.clip_model.logit_scale.exp()
     with job.autocast():
         t_pos = [me.texts(clip_model)[0].float() for me in students]            # (C, D) each
-        judges = [getattr(me, "judge", me) for me in students]                  # (A9) itself
+        judges = [getattr(me, "judge", me) for me in students]                  # phase 1: itself
         texts = [[t.float() for t in one.texts(clip_model)] for one in judges]
     p, p_clean = torch.zeros(2, 2, loader.N, len(t_pos[0]))                     # (2, N, C) each
     for x, i in loader:                                                         # (B, 3, R, R), (B,)
@@ -591,14 +500,19 @@ def adapt(args):
     run.say(f"sentences about the classes: {path or 'none'}")
     prompts = [[template.format(c) for template in dataset.templates] for c in names]
     job.t0 = clip.zeroshot_classifier(clip_model, prompts)                      # (C, D)
-    prompts = [a + b if "mix_texts" in added else b or a for a, b in zip(prompts, written)]  # (A12)
+    prompts = [a + b if "mix" in added else b or a for a, b in zip(prompts, written)]   # (A6)
     t0 = clip.zeroshot_classifier(clip_model, prompts)                          # (C, D)
-    p0, p0_test = (zero_shot(job, t0, loader) for loader in (job.train, job.test))      # (N, C)
-    job.K = K = math.ceil(args.k if args.k >= 1 else args.k * len(p0) / len(names))
-    labels = next_labels(torch.stack([p0, p0]), K, added, 0)                    # (2, N) each
-    zero = data.accuracy(p0_test, dataset.test.y_true)
+    job.t0 = t0 if "mix" in added else job.t0
+    zero = data.accuracy(zero_shot(job, t0, job.test), dataset.test.y_true)
     data.report_zero_shot(job, zero)
     weak, _ = data.augmented_views(job, lambda view: zero_shot(job, t0, job.load(view)))
+    if "views" in added:                                                        # (A1)
+        looks = job.load(dataset.train.view(weak), seed=args.seed)
+        p0 = sum(zero_shot(job, t0, looks) for _ in range(VIEWS)) / VIEWS       # (N, C)
+    else:
+        p0 = zero_shot(job, t0, job.train)
+    K = math.ceil(args.k if args.k >= 1 else args.k * len(p0) / len(names))
+    labels = next_labels(torch.stack([p0, p0]), K, added)                       # (2, N) each
 
     # two students, which differ in their random numbers, learn from each other
     tables = torch.stack([p0, p0]), torch.ones(2, *p0.shape)        # p, p_clean: (2, N, C) each
@@ -606,11 +520,10 @@ def adapt(args):
         tables, labels = run.state["tables"], run.state["labels"]
     for number, round in (*((1, r) for r in range(args.rounds)), (2, 0)):
         if number == 1:                                 # section 3.3.1: each round starts anew
-            students = nn.ModuleList(Student(
-                clip_model, names, dataset.templates[0], args, added,
-                t0 if path and "mix_texts" in added else None) for _ in range(2)).to(job.device)
+            students = nn.ModuleList(Student(clip_model, names, dataset.templates[0], args)
+                                     for _ in range(2)).to(job.device)
         if number == 1 and round > 0 and not run.state:
-            labels = next_labels(tables[0], K, added, round / args.rounds)
+            labels = next_labels(tables[0], K, added)
         if number == 2 and not args.epochs2 or run.state and (
                 run.state["phase"], run.state["round"]) > (number, round):
             continue
@@ -643,7 +556,7 @@ def parse(argv=None):
     add("--prompts", metavar="FILE", help="JSON {class: [sentence, ...]}; default: ours; '': none")
     add("--rounds", type=int, default=3, metavar="R", help="of phase 1 (%(default)s)")
     add("--gamma", type=float, help="weight of the contrastive loss")
-    add("--epochs1", type=int, help="of each round of phase 1")
+    add("--epochs1", type=int, help="of each round of phase 1; without it nothing is filtered")
     add("--epochs2", type=int, help="of phase 2; 0 leaves it out")
     add("--lr1", type=float, help="of prompts and light modules")
     add("--lr2", type=float, help="of the image encoder")

@@ -100,7 +100,7 @@ class Usual(nn.Module):
         with autocast():
             f, t_pos, t_neg = self.features(x), self.text(self.pos), self.text(self.neg)
         l_pos, l_neg = coft.logits(f, t_pos, tau), coft.logits(f, t_neg, tau)       # (B, C) each
-        loss = coft.loss_cls(l_pos, y, keep) + coft.loss_neg(l_pos, l_neg, y, y_bar)
+        loss = coft.loss_cls(l_pos, y, keep) + coft.loss_neg(l_pos, l_neg, y, y_bar, keep)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -138,22 +138,18 @@ def a_job(o, **flags):
 
 def two_models(script, phase, o):
     job, plus, N = a_job(o), script is coft_plus, 4 * o.B
-    extra = ()
-    if plus:
-        t0 = torch.randn(o.C, o.model.visual.output_dim, device=o.device)
-        extra = F.normalize(t0, dim=1),
-    students = nn.ModuleList(script.Student(o.model, o.names, TEMPLATE, job.args, job.added,
-                                            *extra) for _ in range(2)).to(o.device)
+    job.t0 = F.normalize(torch.randn(o.C, o.model.visual.output_dim, device=o.device), dim=1)
+    students = nn.ModuleList(script.Student(o.model, o.names, TEMPLATE, job.args)
+                             for _ in range(2)).to(o.device)
     state = script.start_phase(job, phase, students, 1000)
-    for student in students if phase == 2 and o.compiled else ():
+    for student in state.students if phase == 2 and o.compiled else ():
         student.visual.compile()
-    tables = (torch.randint(o.C, (2, N)), torch.rand(2, N) > 0.5,
-              torch.randn(2, N, o.C).softmax(dim=2))
+    y, clean = torch.randint(o.C, (2, N)), torch.rand(2, N) > 0.5
 
     def step():
         batches = [(*(o.pixels() for _ in range(1 + plus)), torch.randint(N, (o.B,)))
                    for _ in range(2)]
-        script.train_step(job, state, batches, *tables)
+        script.train_step(job, state, batches, y, clean)
     return step, 2 * o.B
 
 

@@ -40,12 +40,10 @@ def softmax(argv):
     import coft
     select_clean = coft.select_clean
 
-    def select_sure(phase, p, p_clean, labels, peers, added):
-        y, clean = select_clean(phase, p, p_clean, labels, peers, added)        # (2, N) each
-        for me, peer in enumerate(peers):
+    def select_sure(phase, p, p_clean, labels, peers):
+        y, clean = select_clean(phase, p, p_clean, labels, peers)               # (2, N) each
+        for me, peer in enumerate(peers if phase == 2 else ()):
             sure = p[peer].gather(1, y[me, :, None])[:, 0]                      # (N,)
-            if phase == 1:
-                sure = sure.masked_fill(~labels[1][me], -1)                     # of S*
             best = sure.topk(int(clean[me].sum())).indices
             clean[me] = False
             clean[me, best] = True
