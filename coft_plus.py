@@ -121,7 +121,7 @@ def next_labels(p, K, added):
 
 
 def info_nce(q, k, queue, temperature=0.1):
-    """Eq. (8): mean of -log softmax(q.keys / temperature)_own. The keys of image b are its own, k_b,
+    """Eq. (8): mean of -log softmax(q.keys / temperature)_own. Image b has its own key, k_b,
     and the queue's (MoCo, arXiv 1911.05722). Unit rows q, k (B, D), queue (Q, D)."""
     l = torch.cat([(q * k).sum(dim=1, keepdim=True), q @ queue.T], dim=1)       # (B, 1 + Q)
     return F.cross_entropy(l / temperature, torch.zeros(len(l), dtype=torch.long, device=l.device))
