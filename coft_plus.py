@@ -349,7 +349,7 @@ def train_step(job, phase, batches, y, clean):
 
 def train_phase(job, number, round, students, view, labels, tables):
     """The epochs of a phase, on augmented views. labels: see select_clean; tables: p and p_clean,
-    (2, N, C) each, of the plain or (A1) the weak views. Returns the tables and the models after it."""
+    (2, N, C) each, of plain or (A1) weak views. Returns the tables and the models after it."""
     args, run, images = job.args, job.run, job.dataset.train
     first = run.state["epoch"] if run.state else 0      # --resume
     loaders = [job.load(images.view(view, view), shuffle=True, drop_last=True, epoch=first,
