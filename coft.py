@@ -61,17 +61,18 @@ ADDITIONS = {
 }
 VIEWS = 8           # (A1) of each image, for the first labels
 SETTINGS = {    # where no flag says otherwise: (tiny CLIPs, D < 512; OpenAI's models)
-    "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lr1": (0.03, 0.03),
-              "lr2": (0.01, 5e-4), "epochs1": (6, 10), "epochs2": (4, 10)},
-    "ours": {"k": (16, 16), "ctx": (0, 0), "peft_size": (4, 20), "lr1": (2e-3, 2e-3),
-             "lr2": (3e-4, 1e-5), "epochs1": (4, 4), "epochs2": (6, 6)}}
+    "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
+              "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (6, 10), "epochs2": (4, 10)},
+    "ours": {"k": (16, 16), "ctx": (0, 0), "peft_size": (4, 20), "lam": (1.0, 1.0),
+             "lr1": (2e-3, 2e-3), "lr2": (3e-4, 1e-5), "epochs1": (4, 4), "epochs2": (12, 12)}}
 
 # ======== equations ========
 
 
 def logits(f, t, tau):
-    """l_k = tau f(x).t_k: l+ for t+, l- for t-. f (B, D), t (C, D) -> (B, C)."""
-    return tau * f @ t.T
+    """l_k = tau f(x).t_k, in fp32: l+ for t+, l- for t-. f (B, D), t (C, D) -> (B, C)."""
+    with torch.autocast(f.device.type, enabled=False):
+        return tau * f @ t.T
 
 
 def posterior(f, t, tau):
@@ -195,18 +196,16 @@ class Student(nn.Module):
             self.adapters = nn.ModuleList(Adapter(width, args.peft_size) for width in widths)
 
     def texts(self, clip_model):
-        """t+ and t-, unit rows (C, D)."""
-        return self.pos(clip_model), self.neg(clip_model)
+        """t+ and t-, unit rows (C, D) in fp32."""
+        return self.pos(clip_model).float(), self.neg(clip_model).float()
 
-    def features(self, clip_model, x):
-        """Images (B, 3, R, R) -> unit features (B, D)."""
-        f = clip_model.visual(x, self.prompts, self.adapters)
-        return F.normalize(f.float(), dim=-1)
-
-    def forward(self, clip_model, x):
-        """Images (B, 3, R, R) -> f (B, D), t+ (C, D), t- (C, D): fp32 unit vectors."""
-        t_pos, t_neg = self.texts(clip_model)
-        return self.features(clip_model, x), t_pos.float(), t_neg.float()
+    def forward(self, clip_model, x, texts=None):
+        """Images (B, 3, R, R), `texts` if they are at hand -> unit features f (B, D), l+ and l-
+        (B, C), fp32."""
+        f = F.normalize(clip_model.visual(x, self.prompts, self.adapters).float(), dim=-1)
+        t_pos, t_neg = texts or self.texts(clip_model)
+        tau = clip_model.logit_scale.exp()
+        return f, logits(f, t_pos, tau), logits(f, t_neg, tau)
 
     def param_groups(self, lr1, lr2):
         """(A5) What learns, and how fast."""
@@ -223,24 +222,20 @@ class FullModel(nn.Module):
     def __init__(self, clip_model, t0, student):
         super().__init__()
         self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
-        self.fc = nn.Parameter(F.pad(t0, (0, 1)))                       # [W, b] (C, D + 1)
+        self.fc = nn.Linear(*reversed(t0.shape), device=t0.device)
+        self.fc.weight.data.copy_(t0)
+        self.fc.bias.data.zero_()
         self.judge = student.requires_grad_(False)
 
-    def texts(self, clip_model):
-        """[W, b] / tau (C, D + 1), so that `logits` of `features` gives W v + b; there is no t-."""
-        return self.fc / clip_model.logit_scale.exp(), None
-
-    def features(self, clip_model, x):
-        """Images (B, 3, R, R) -> [v, 1] (B, D + 1)."""
-        return F.pad(self.visual(x).float(), (0, 1), value=1.0)
-
-    def forward(self, clip_model, x):
-        """Images (B, 3, R, R) -> [v, 1] (B, D + 1), [W, b] / tau (C, D + 1), None; fp32."""
-        return self.features(clip_model, x), *self.texts(clip_model)
+    def forward(self, clip_model, x, texts=None):
+        """Images (B, 3, R, R) -> v (B, D), W v + b (B, C), None: there is no l-."""
+        v = self.visual(x).float()
+        with torch.autocast(v.device.type, enabled=False):
+            return v, self.fc(v), None
 
     def param_groups(self, lr1, lr2):
         """(A5) What learns, and how fast."""
-        return [{"params": [self.fc], "lr": lr1},
+        return [{"params": self.fc.parameters(), "lr": lr1},
                 {"params": self.visual.parameters(), "lr": lr2, "weight_decay": 0.01}]
 
 
@@ -264,13 +259,11 @@ def select_clean(phase, p, p_clean, labels, peers):
     return y, torch.stack(judged) > 0.5
 
 
-def total_loss(job, phase, f, t_pos, t_neg, target):
-    """Phase 1: Eq. (4) + lam Eq. (6); phase 2: Eq. (7). target: y, clean, y_bar, (B,) each."""
-    (y, clean, y_bar), tau = target, job.clip_model.logit_scale.exp()
-    l_pos = logits(f, t_pos, tau)                                               # (B, C)
+def total_loss(job, phase, l_pos, l_neg, target):
+    """Phase 1: Eq. (4) + lam Eq. (6); phase 2: Eq. (7). l (B, C), target: y, clean, y_bar, (B,)."""
+    y, clean, y_bar = target
     loss = loss_cls(l_pos, y, clean)
     if phase == 1:
-        l_neg = logits(f, t_neg, tau)                                           # (B, C)
         loss = loss + job.args.lam * loss_neg(l_pos, l_neg, y, y_bar, clean)
     return loss
 
@@ -309,8 +302,8 @@ def train_step(job, phase, batches, y, clean):
         y_bar = complementary_labels(y[me, i], C)                               # (B,)
         target = [v.to(job.device) for v in (y[me, i], clean[me, i], y_bar)]
         with job.autocast():
-            f, t_pos, t_neg = phase.forward[me](job.clip_model, x)              # (B, D), 2 x (C, D)
-        loss = total_loss(job, phase.number, data.gather(f), t_pos, t_neg, target)
+            _, *l = phase.forward[me](job.clip_model, x)                        # l+, l- (B, C)
+        loss = total_loss(job, phase.number, *map(data.gather, l), target)
         job.scaler.scale(loss).backward()
         losses.append(loss.detach())
     job.scaler.step(phase.optimizer)                    # left out if fp16 overflowed,
@@ -349,6 +342,8 @@ def train_phase(job, number, students, view, labels, tables):
         p = guess(tables[0], job.added)                                         # (2, N, C)
         if lesson is None or number == 1 or "fresh" in job.added:               # (A3)
             lesson = select_clean(number, p, tables[1], labels, job.peers)
+            for table, known in zip(lesson, (job.y_known, True)):               # section 4.4
+                table[:, job.known] = known
         y, clean = lesson                                                       # (2, N) each
         for loader, mine in zip(loaders, clean):        # batches of clean images only
             loader.sampler.among = mine.nonzero()[:, 0].tolist()
@@ -390,21 +385,18 @@ def zero_shot(job, t0, loader):
 def predict(job, students, loader, judge=True):
     """Both students' softmax p, and p_clean of their judges (0 without), for all images, (2, N, C)
     each, on the CPU."""
-    clip_model, tau = job.clip_model, job.clip_model.logit_scale.exp()
+    judges = [getattr(me, "judge", me) for me in students]                      # phase 1: itself
     with job.autocast():
-        t_pos = [me.texts(clip_model)[0].float() for me in students]            # (C, D) each
-        judges = [getattr(me, "judge", me) for me in students]                  # phase 1: itself
-        texts = [[t.float() for t in one.texts(clip_model)] for one in judges]
-    p, p_clean = torch.zeros(2, 2, loader.N, len(t_pos[0]))                     # (2, N, C) each
+        texts = [one.texts(job.clip_model) for one in judges]                   # (C, D) each
+    p, p_clean = torch.zeros(2, 2, loader.N, len(texts[0][0]))                  # (2, N, C) each
     for x, i in loader:                                                         # (B, 3, R, R), (B,)
         for m, me in enumerate(students):
             with job.autocast():
-                f = me.features(clip_model, x)                                  # (B, D)
-            p[m, i] = posterior(f, t_pos[m], tau).cpu()
+                _, l_pos, l_neg = me(job.clip_model, x, texts[m])               # (B, C) each
+                p[m, i] = l_pos.softmax(dim=1).cpu()
+                if judge and me is not judges[m]:
+                    _, l_pos, l_neg = judges[m](job.clip_model, x, texts[m])
             if judge:
-                with job.autocast():
-                    f = f if judges[m] is me else judges[m].features(clip_model, x)
-                l_pos, l_neg = (logits(f, t, tau) for t in texts[m])            # (B, C) each
                 p_clean[m, i] = log_p_clean(l_pos, l_neg)[0].exp().cpu()
     return data.all_reduce_sum(p), data.all_reduce_sum(p_clean)
 
@@ -431,6 +423,70 @@ def diagnostics(tables, lesson, judge, peers, y_true):
     return {k: None if math.isnan(v) else round(float(v), 4) for k, v in facts.items()}
 
 
+# ======== after the run ========
+
+
+class Adapted(nn.Module):
+    """What a run learnt: preprocessed images (B, 3, R, R) -> probabilities of the classes (B, C),
+    the mean of both students'. Has .class_names, and .preprocess: PIL image -> (3, R, R)."""
+    def __init__(self, saved, clip_model, preprocess=None):
+        super().__init__()
+        self.class_names, self.preprocess = saved["class_names"], preprocess
+        self.clip_model, weights = clip_model, saved["models"]
+        self.models = nn.ModuleList(
+            Student(clip_model, self.class_names, saved["templates"][0],
+                    SimpleNamespace(**saved["student"])) for _ in range(2))
+        if "0.fc.weight" in weights:                    # after phase 2
+            self.models = nn.ModuleList(
+                FullModel(clip_model, weights["0.fc.weight"], me) for me in self.models)
+        self.models.load_state_dict(weights)
+        self.to(clip_model.logit_scale.device).requires_grad_(False)
+
+    def forward(self, x):
+        return sum(me(self.clip_model, x)[1].softmax(dim=1) for me in self.models) / 2
+
+
+def load(path, device="cpu", weights=None):
+    """The `Adapted` model of a run's model.pt; weights: its CLIP, if that lies elsewhere now.
+    Raises data.DataError, clip.CLIPError."""
+    saved = data.read_model(path, "coft")
+    clip_model, preprocess = clip.load(weights or saved["clip"], device,
+                                       quick_gelu=saved["quick_gelu"])
+    data.check_clip(saved, clip_model)
+    return Adapted(saved, clip_model, preprocess)
+
+
+def export(job, model, path):
+    """A plain CLIP with the image encoder of one model of phase 2, as a state dict with OpenAI's
+    names; in a second file a unit vector t_k per class, for CLIP's own tau f.t_k."""
+    if not isinstance(model, FullModel):
+        raise data.DataError("--export: without phase 2 CLIP's encoder is as it was")
+    job.clip_model.visual, t = model.visual, F.normalize(model.fc.weight.detach(), dim=1)
+    for name, content in ((path, clip.checkpoint_of(job.clip_model)), (f"{path}.classes", {
+            "class_names": job.dataset.class_names, "t": t})):                  # t (C, D)
+        with data.replacing(name) as file:
+            torch.save(content, file)
+    alone = data.accuracy(zero_shot(job, t, job.test), job.dataset.test.y_true)
+    job.run.say(f"{path} and {path}.classes: one model, no b, unit v; accuracy {alone}")
+
+
+def finish(job, models, zero=None):
+    """The files of the run folder. Returns the summary."""
+    args, run, test, names = job.args, job.run, job.dataset.test, job.dataset.class_names
+    judge = partial(predict, job, models, job.test)
+    p, p_clean = judge() if args.load else data.save_model(     # (2, N, C) each
+        job, models, lambda: torch.stack(judge()), recipe=args.recipe,
+        student={"peft": args.peft, "peft_size": args.peft_size, "ctx": args.ctx})
+    p, p_clean = p.mean(dim=0), p_clean.mean(dim=0)                             # (N, C) each
+    data.write_predictions(run.out / "predictions.csv", test.names, names, p, p_clean)
+    if args.export:
+        export(job, models[0], args.export)
+    run.say(f"results in {run.out}")
+    summary = run.report(zero_shot=zero, accuracy=data.accuracy(p, test.y_true))
+    data.write_report(run, test, names, p)
+    return summary
+
+
 # ======== main ========
 
 
@@ -448,6 +504,8 @@ def adapt(args):
                            enabled=job.amp_dtype is not None)
     job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
     job.peers = (0, 1) if args.judge == "self" else (1, 0)
+    if args.load:
+        return finish(job, Adapted(job.saved, clip_model).models)
 
     # CLIP's own guesses, and the confident ones among them
     prompts = [[template.format(c) for template in dataset.templates] for c in names]
@@ -460,6 +518,12 @@ def adapt(args):
         p0 = sum(zero_shot(job, t0, looks) for _ in range(VIEWS)) / VIEWS       # (N, C)
     else:
         p0 = zero_shot(job, t0, job.train)
+    job.known = job.y_known = torch.zeros(0, dtype=torch.long)
+    if args.shots:                                      # section 4.4: true labels of these images
+        if dataset.train.y_true is None:
+            raise data.DataError("--shots: the training images have no labels")
+        job.known = data.few_shot(dataset.train.y_true, args.shots, args.seed)  # (n,)
+        job.y_known = dataset.train.y_true[job.known]                           # (n,)
     K = math.ceil(args.k if args.k >= 1 else args.k * len(p0) / len(names))
     y, confident = pseudo_labels(guess(p0[None], added)[0], K)                  # (N,) each
     labels = torch.stack([y, y]), torch.stack([confident, confident])           # for both students
@@ -478,13 +542,7 @@ def adapt(args):
             data.pseudo_label_sheet(run.out / "pseudo_labels.png", dataset.train, names,
                                     *(table.mean(dim=0) for table in tables))
 
-    p, p_clean = (table.mean(dim=0) for table in predict(job, models, job.test))      # (N, C)
-    data.write_predictions(run.out / "predictions.csv", dataset.test.names, names, p, p_clean)
-    run.save("model.pt", {"models": models.state_dict(), "class_names": names, "peft": args.peft,
-                          "peft_size": args.peft_size, "ctx": args.ctx, "recipe": args.recipe,
-                          "templates": dataset.templates, "clip": job.clip_name})
-    run.say(f"results in {run.out}")
-    return run.report(zero_shot=zero, accuracy=data.accuracy(p, dataset.test.y_true))
+    return finish(job, models, zero)
 
 
 def parse(argv=None):
@@ -495,15 +553,16 @@ def parse(argv=None):
         "one of them: ours-ema, paper+fresh+balance; the table ADDITIONS (%(default)s)")
     add("--peft", choices=["vpt", "adapter"], default="vpt", help="light visual modules: deep "
         "prompt tokens, or bottlenecks beside the MLPs (%(default)s)")
-    add("--peft-size", type=int, help="tokens per block, or width; default of this and all below "
-        "without one: the table SETTINGS")
-    add("--ctx", type=int, metavar="L", help="context words of the prompts, 0: the template's")
+    add("--ctx", type=int, metavar="L", help="context words of the prompts, 0: the template's; "
+        "default of this and all below without one: the table SETTINGS")
     add("--k", type=float, help="images per class to start from; below 1: as a share of N / C")
+    add("--shots", type=int, default=0, metavar="K", help="labelled images per class, the others "
+        "stay unlabelled (%(default)s)")
     add("--epochs1", type=int, help="of phase 1; without it nothing is filtered")
     add("--epochs2", type=int, help="of phase 2; 0 leaves it out")
     add("--lr1", type=float, help="of prompts and light modules")
     add("--lr2", type=float, help="of the image encoder")
-    add("--lam", type=float, default=1.0, help="weight of L_neg, Eq. 6 (%(default)s)")
+    add("--export", metavar="FILE", help="also write one model as a plain CLIP")
     add("--judge", choices=["peer", "self"], default="peer", help="whose p_clean filters the "
         "labels of a student (%(default)s)")
     return parser.parse_args(argv)

@@ -16,8 +16,12 @@ Layouts, tried in this order (`python data.py PATH` prints which one it took):
 Label firewall: `Images.view(...)`, which training reads, holds no labels. `Images.y_true` is for
 accuracy and diagnostics only."""
 import argparse
+import base64
+import copy
 import csv
 import hashlib
+import html
+import io
 import itertools
 import json
 import math
@@ -451,7 +455,7 @@ def hash_split(names, images):
     return "class folders, split by a hash of the paths", names, *map(images.subset, parts)
 
 
-def read_folders(root, known, classes):
+def read_folders(root, known, classes, split):
     """Folders per class, with or without train/ and test|val/; or images without labels."""
     base = "" if known.kind and known.parts or not (root / known.images).is_dir() else known.images
     parts = [f"{base}/{d}".lstrip("/") for d in ("train", "test", "val", "validation")
@@ -471,7 +475,7 @@ def read_folders(root, known, classes):
     names, images = class_folders(root, base, known)
     mine = {plain_name(c) for c in classes or names} & {plain_name(c) for c in names}
     if len(names) > 1 and (mine or WORDNET_ID.fullmatch(names[0])):     # not 2023/, 2024/
-        return hash_split(names, images)
+        return hash_split(names, images) if split else ("class folders", names, images, images)
     images = Images(list_images(root), None, root)
     return "unlabelled, train = test", None, images, images
 
@@ -559,11 +563,13 @@ def read_json(path):
         raise DataError(f"{path} is not valid JSON: {e}") from None
 
 
-def load(path, classes=None, template=None):
+def load(path, classes=None, template=None, adapted=None):
     """`Data` of a folder or of demo[:STYLE]. Opens every image once. classes: None, "a,b,c" or a
     file with one name per line, the same and in the same order as the folder's own, if it has any.
-    template: None (the data set's), "ensemble" (eight) or a text with one {}. Raises DataError."""
-    path, classes = str(path), listed_classes(classes)
+    template: None (the data set's), "ensemble" (eight) or a text with one {}. adapted: the
+    classes of a model that is there, in its order; all images of class folders are then the test
+    set if they have no test/. Raises DataError."""
+    path, classes = str(path), adapted or listed_classes(classes)
     if path == "demo" or path.startswith("demo:"):
         known, text = Known(("demo",)), path[5:] or "narrow"
         if text not in shapes.STYLES:
@@ -585,13 +591,13 @@ def load(path, classes=None, template=None):
         elif known.kind and known.parts and root.name == known.folders[-1]:
             text, names, *parts = read_torchvision(root, known)
         else:
-            text, names, *parts = read_folders(root, known, classes)
+            text, names, *parts = read_folders(root, known, classes, not adapted)
         if not all(parts):                              # without images
             raise DataError(f"{path}: no images ({', '.join(EXTENSIONS)}). {EXPECTED}")
         if not (names or classes):
             raise DataError(f"{path}: no names of classes: give --classes, or class folders")
         names = wordnet_names(names or classes, root, classes)
-    names = check_classes(names, classes)
+    names = by_name_of(names, adapted, parts) if adapted else check_classes(names, classes)
     train, test = parts
     if train.pictures is None and len(train) + len(test) <= MOST_OPENED:
         train = readable(train)
@@ -665,6 +671,18 @@ def check_classes(names, wanted=None):
     return wanted or names
 
 
+def by_name_of(names, adapted, parts):
+    """The classes of a model, which the labels of the images then count in. DataError if the images
+    have others."""
+    index = {plain_name(c): k for k, c in enumerate(adapted)}
+    if others := [c for c in names if plain_name(c) not in index]:
+        raise DataError(f"the model does not know these classes: {', '.join(others[:20])}")
+    order = torch.tensor([index[plain_name(c)] for c in names])
+    for images in set(parts):
+        images.y_true = None if images.y_true is None else order[images.y_true]
+    return adapted
+
+
 # ---- shared by the scripts: flags and CLIP ----
 
 def add_common(parser, script, batch_size, what="images per step, of all processes"):
@@ -677,6 +695,9 @@ def add_common(parser, script, batch_size, what="images per step, of all process
     add("--template", help="prompt with {} for the class name, or `ensemble`: eight of them")
     add("--arch", help="tiny, ViT-B/16, RN50, ...; default: tiny for the demo, else ViT-B/16")
     add("--weights", help="CLIP weights from disk: OpenAI's, open_clip's, Hugging Face's")
+    add("--quick-gelu", help="the weights' activation; default: what the file says, else yes; "
+        "--no-quick-gelu for most that were trained on LAION", **switch)
+    add("--load", metavar="FILE", help="a run's model.pt: no training, classifies --data")
     add("--out", default=free, help="run folder (%(default)s)")
     add("--seed", type=int, default=0, help="of all that is random (%(default)s)")
     add("--device", help="cuda, cuda:1, mps, cpu; default: the best there is")
@@ -705,20 +726,26 @@ def recipe(text, additions):
 
 def setup(args, settings={}):
     """What a run works with: .args, .device, .dataset, .clip_model (frozen), .clip_name, .run,
-    .amp_dtype (None: full precision), .load (`DeviceLoader` with this run's settings), and loaders
+    .saved (what --load read), .amp_dtype (None: full precision), .load (`DeviceLoader` with this run's settings), and loaders
     of the plain images: .train, .test (the same one if these are one set). settings: {flag: (of
     CLIPs with D < 512, of larger ones)}, for flags that were not given."""
-    device = pick_device(args.device)
+    device, saved = pick_device(args.device), None
     torch.manual_seed(args.seed)
-    dataset = broadcast_from_rank0(load, args.data, args.classes, args.template)
+    if args.load:                                       # its classes and its CLIP
+        saved = read_model(args.load, args.script)
+        args.weights, args.quick_gelu = args.weights or saved["clip"], saved["quick_gelu"]
+    dataset = broadcast_from_rank0(load, args.data, args.classes, args.template,
+                                   saved and saved["class_names"])
     weights = args.weights or args.arch or ("tiny" if dataset.name == "demo" else "ViT-B/16")
     if world_size() > 1:
         broadcast_from_rank0(lambda: bool(clip.load(weights)))  # perhaps downloads it, for all
-    clip_model, _ = clip.load(weights, device=device)
+    clip_model, _ = clip.load(weights, device=device, quick_gelu=args.quick_gelu)
     if args.weights and args.arch:
         clip.check_architecture(clip_model, args.arch)
+    if saved:
+        check_clip(saved, clip_model)
     for flag, values in settings.items():
-        if getattr(args, flag) is None:
+        if getattr(args, flag, None) is None:
             setattr(args, flag, values[clip_model.visual.output_dim >= 512])
     run = Run(args.out, {**vars(args), "dataset": dataset.description}, args.resume)
     run.say(dataset.description)
@@ -735,8 +762,8 @@ def setup(args, settings={}):
     test = train if dataset.test is dataset.train else load_view(dataset.test.view(plain))
     return SimpleNamespace(
         args=args, device=device, dataset=dataset, clip_model=clip_model.requires_grad_(False),
-        clip_name=os.path.basename(weights), run=run, load=load_view, train=train,
-        test=test, amp_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp))
+        clip_name=weights, run=run, load=load_view, train=train,
+        test=test, saved=saved, amp_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp))
 
 
 def pick_device(name=None):
@@ -756,10 +783,11 @@ def pick_device(name=None):
 def report_zero_shot(job, accuracy):
     """Prints it (percent or None); warns below 5 times chance (RN50 has 38 % on EuroSAT's ten)."""
     job.run.say("no test labels" if accuracy is None else f"zero-shot accuracy {accuracy:.2f} %")
-    known, C = job.dataset.name and accuracy is not None, len(job.dataset.class_names)
-    if known and accuracy < min(500 / C, 35):
-        print(f"warning: that is too little for {job.dataset.name}: does label k mean class name "
-              f"k, and does the split file belong to these images?", file=sys.stderr)
+    known, C = job.dataset.name or job.args.weights, len(job.dataset.class_names)
+    if known and accuracy is not None and accuracy < min(500 / C, 35):
+        print("warning: that is little: does label k mean class name k, does the split file belong "
+              "to these images, do the weights need --no-quick-gelu (most of LAION's do)?",
+              file=sys.stderr)
 
 
 def augmented_views(job, posterior):
@@ -784,6 +812,12 @@ def accuracy(p, y_true):
     """Percent of the images whose argmax_k p_k is the true class; None without labels."""
     if y_true is not None:
         return round(100 * float((p.argmax(dim=1) == y_true).double().mean()), 2)
+
+
+def few_shot(y_true, K, seed):
+    """Indices of K images per class, of all where there are fewer. y_true (N,)."""
+    order = torch.randperm(len(y_true), generator=torch.Generator().manual_seed(seed))
+    return torch.cat([order[y_true[order] == k][:K] for k in y_true.unique()]).sort().values
 
 
 def auroc(score, right):
@@ -840,8 +874,8 @@ class Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """All processes' x (B / processes, ...), with its gradient -> (B, ...)."""
-    return Gather.apply(x) if world_size() > 1 else x
+    """All processes' x (B / processes, ...), or None, with its gradient -> (B, ...)."""
+    return Gather.apply(x) if world_size() > 1 and x is not None else x
 
 
 def distributed(module):
@@ -1029,6 +1063,94 @@ def pseudo_label_sheet(path, images, class_names, p, p_clean):
                 sheet.paste(picture, (x0 + j * cell, 18 + k * cell))
     with replacing(path) as file:
         sheet.save(file, "PNG")
+
+
+CURVES = {"accuracy": (1, "#0b5fc5"), "disambiguation": (1, "#7a3e9d"), "kept": (100, "#c8511b"),
+          "precision": (100, "#2e8540"), "unfiltered": (100, "#767676")}       # to percent, color
+
+
+def write_report(run, images, class_names, p):
+    """report.html, one file that needs no other: curves of the log, the confusion matrix (of up to
+    40 classes, if there are labels), pseudo_labels.png, the fifty least certain test images with
+    their two likeliest classes. p (N, C) softmax of the test images."""
+    def inline(image):
+        image.save(file := io.BytesIO(), "PNG")
+        return f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+    names, facts = [html.escape(c) for c in class_names], run.lines[-1]
+    page = ["<!doctype html><meta charset=utf-8><title>report</title><style>body{font:14px "
+            "sans-serif}td,th{padding:2px 5px;text-align:right}figure{display:inline-block;"
+            f"margin:4px;width:110px}}</style><p>{html.escape(run.lines[0]['dataset'])}<p>zero-shot "
+            f"accuracy {facts.get('zero_shot')}, after the run {facts['accuracy']}<h2>Epochs: "
+            'percent</h2><svg width=800 height=210 fill=none><path stroke="#ddd" d="M0 1H650M0 '
+            '50H650M0 100H650M0 150H650M0 200H650"/>']
+    epochs = [line for line in run.lines if "epoch" in line]
+    for n, (key, (scale, color)) in enumerate(CURVES.items()):
+        values = [scale * line[key] for line in epochs if line.get(key) is not None]
+        if values:
+            points = " ".join(f"{650 * k / len(epochs):.0f},{200 - 2 * v:.0f}"
+                              for k, v in enumerate(values))
+            page.append(f'<polyline points="{points}" stroke="{color}" stroke-width=2 /><text '
+                        f'x=660 y={20 + 20 * n} fill="{color}">{key} {values[-1]:.1f}</text>')
+    page.append("</svg>")
+    if images.y_true is not None and len(names) <= 40:
+        counts = torch.zeros(len(names), len(names), dtype=torch.long)      # true, predicted
+        counts.index_put_((images.y_true, p.argmax(dim=1)), torch.tensor(1), accumulate=True)
+        page.append("<h2>A row per true class, a column per prediction</h2><table><tr><th><th>"
+                    + "<th>".join(names))
+        for c, row in zip(names, counts.tolist()):
+            page.append(f"<tr><th>{c}" + "".join(
+                f'<td style="background:rgba(11,95,197,{n / sum(row):.2f})">{n}' if n else "<td>"
+                for n in row))
+        page.append("</table>")
+    if (run.out / "pseudo_labels.png").exists():
+        with Image.open(run.out / "pseudo_labels.png") as sheet:
+            page.append(f"<h2>Pseudo-labels</h2>{inline(sheet)}")
+    page.append("<h2>Least certain test images</h2>")
+    best, k = p.topk(min(2, len(names)), dim=1)                                 # (N, 2) each
+    for i in (best[:, 0] - best[:, -1]).argsort()[:50].tolist():
+        says = "<br>".join(f"{names[j]} {v:.2f}" for v, j in zip(best[i].tolist(), k[i].tolist()))
+        page.append(f'<figure title="{html.escape(images.names[i])}">'
+                    f"{inline(ImageOps.fit(images.image(i), (96, 96)))}<br>{says}</figure>")
+    with replacing(run.out / "report.html", "w", encoding="utf-8", errors="replace") as file:
+        file.write("\n".join(page))
+
+
+def save_model(job, models, predict, **more):
+    """model.pt: what was learnt and `more`. Whole encoders are rounded to half precision, unless
+    that moves an entry of predict() by over 1e-3. Returns predict() of what is in the file."""
+    full, p = copy.deepcopy(models.state_dict()), predict()
+    half = {k: v.half() if ".visual." in k and v.is_floating_point() else v
+            for k, v in full.items()}
+    models.load_state_dict(half)
+    p_half = predict()
+    if (p_half - p).abs().max() > 1e-3:
+        models.load_state_dict(full)
+        half, p_half = full, p
+    job.run.save("model.pt", {
+        **more, "models": half, "script": job.args.script, "class_names": job.dataset.class_names,
+        "templates": job.dataset.templates, "clip": job.clip_name,
+        "sha256": clip.fingerprint(job.clip_model), "quick_gelu": job.args.quick_gelu})
+    return p_half
+
+
+def read_model(path, script):
+    """What a run of `script` left in model.pt. Raises DataError."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        writer = saved["script"]
+    except Exception as e:                              # torch.load raises nearly anything
+        raise DataError(f"{path} is not a run's model.pt: {reason(e)}") from None
+    if writer != script:
+        raise DataError(f"{path} was written by {writer}.py, and this is {script}.py")
+    return saved
+
+
+def check_clip(saved, clip_model):
+    """DataError unless this is the CLIP that the run of `read_model` started from."""
+    if clip.fingerprint(clip_model) != saved["sha256"]:
+        raise DataError(f"the model was adapted from another CLIP: {saved['clip']}, SHA-256 of its "
+                        f"weights {saved['sha256']}; give it with --weights")
 
 
 if __name__ == "__main__":

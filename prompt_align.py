@@ -377,12 +377,6 @@ def hard_candidates(p, y_true, q, seed):
     return (torch.rand(p.shape, generator=rng) < chance).scatter(1, y_true[:, None], True)
 
 
-def few_shot(y_true, K, seed):
-    """Indices of K images per class, of all where there are fewer. y_true (N,)."""
-    order = torch.randperm(len(y_true), generator=torch.Generator().manual_seed(seed))
-    return torch.cat([order[y_true[order] == k][:K] for k in y_true.unique()]).sort().values
-
-
 def read_candidates(path, images, class_names):
     """(sets (N, C), a line about them) of the user's JSON {image: [class, ...]} or CSV: the image,
     then its classes, in columns or separated by | or ;. Classes are names or indices from 0. Images
@@ -443,6 +437,45 @@ def describe_candidates(sets, y_true=None):
     return line
 
 
+# ======== after the run ========
+
+
+class Adapted(nn.Module):
+    """What a run learnt: preprocessed images (B, 3, R, R) -> probabilities of the classes (B, C).
+    Has .class_names, and .preprocess: PIL image -> (3, R, R)."""
+    def __init__(self, saved, clip_model, preprocess=None):
+        super().__init__()
+        self.class_names, self.preprocess = saved["class_names"], preprocess
+        self.clip_model = clip_model.requires_grad_(False)
+        prompt = Prompt(clip_model, self.class_names, saved["templates"][0], saved["ctx"])
+        prompt.load_state_dict(saved["models"])
+        self.t = prompt.to(clip_model.logit_scale.device)(clip_model).detach()  # (C, D)
+
+    def forward(self, x):
+        f = F.normalize(self.clip_model.encode_image(x), dim=-1)                # (B, D)
+        return (self.clip_model.logit_scale.exp() * f @ self.t.T).softmax(dim=1)
+
+
+def load(path, device="cpu", weights=None):
+    """The `Adapted` model of a run's model.pt; weights: its CLIP, if that lies elsewhere now.
+    Raises data.DataError, clip.CLIPError."""
+    saved = data.read_model(path, "prompt_align")
+    clip_model, preprocess = clip.load(weights or saved["clip"], device,
+                                       quick_gelu=saved["quick_gelu"])
+    data.check_clip(saved, clip_model)
+    return Adapted(saved, clip_model, preprocess)
+
+
+def finish(job, p, p0, **facts):
+    """predictions.csv, report.html. p, p0 (N, C): learnt and zero-shot. Returns the summary."""
+    run, test, names = job.run, job.dataset.test, job.dataset.class_names
+    data.write_predictions(run.out / "predictions.csv", test.names, names, p, p0)
+    run.say(f"results in {run.out}")
+    summary = run.report(**facts)
+    data.write_report(run, test, names, p)
+    return summary
+
+
 # ======== main ========
 
 
@@ -458,32 +491,40 @@ def adapt(args):
     job.ctx, job.lr, job.epochs, shots = (
         usual[name] if getattr(args, name) is None else getattr(args, name) for name in usual)
 
+    job.tau = clip_model.logit_scale.exp()
+    plain = data.transforms(clip_model.visual.input_resolution)[0]
+    if args.load:
+        dataset.templates = job.saved["templates"]
+    prompts = [[template.format(c) for template in dataset.templates] for c in names]
+    job.t_hand = clip.zeroshot_classifier(clip_model, prompts)                  # (C, D)
+    job.f_test = encode(job, dataset.test.view(plain))[0]                       # (N, D)
+    p0_test = zero_shot(job, job.f_test)                                        # (N, C)
+    zero = data.accuracy(p0_test, dataset.test.y_true)
+    if args.load:
+        t = Adapted(job.saved, clip_model).t                                    # (C, D)
+        p = (job.tau * job.f_test.to(job.device) @ t.T).softmax(dim=1).cpu()    # (N, C)
+        return finish(job, p, p0_test, zero_shot=zero,
+                      accuracy=data.accuracy(p, dataset.test.y_true))
+
     # the images in use and their candidate sets; CLIP's features and zero-shot posteriors
     y_true, note = dataset.train.y_true, ""             # to make candidates, and for diagnostics
     shots = shots if made else args.shots               # with a FILE all images, unless asked
     if y_true is None and (made or shots):
         raise data.DataError("no labels to make candidate sets from: give --candidates FILE")
     if shots:
-        dataset.train = dataset.train.subset(few_shot(y_true, shots, args.seed))
+        dataset.train = dataset.train.subset(data.few_shot(y_true, shots, args.seed))
         y_true = dataset.train.y_true                                           # (N,)
     if args.candidates == "uniform":
         sets = flip_candidates(y_true, len(names), args.q, args.seed)           # (N, C)
     elif not made:
         sets, note = read_candidates(args.candidates, dataset.train, names)     # (N, C)
-    job.tau = clip_model.logit_scale.exp()
-    prompts = [[template.format(c) for template in dataset.templates] for c in names]
-    job.t_hand = clip.zeroshot_classifier(clip_model, prompts)                  # (C, D)
-    plain = data.transforms(clip_model.visual.input_resolution)[0]
-    job.f_train, job.f_test = (encode(job, images.view(plain))[0]               # (N, D) each
-                               for images in (dataset.train, dataset.test))
+    job.f_train = encode(job, dataset.train.view(plain))[0]                     # (N, D)
     if args.supervised:                                 # arXiv 2109.01134
         sets, args.objective, args.align = F.one_hot(y_true, len(names)).bool(), "naive", False
     elif args.candidates == "instance":
         sets = hard_candidates(zero_shot(job, job.f_train), y_true, args.q, args.seed)
     about = describe_candidates(sets, y_true) + note
     run.say(f"{len(sets)} images in use, {about}")
-    p0_test = zero_shot(job, job.f_test)                                        # (N, C)
-    zero = data.accuracy(p0_test, dataset.test.y_true)
     data.report_zero_shot(job, zero)
 
     # the prompt learns from augmented views: as CLIP is frozen, from their features
@@ -496,12 +537,9 @@ def adapt(args):
     # the results
     l_train, l_test = predict(job, learner)                                     # (N, C) each
     write_disambiguated(run.out / "disambiguated.csv", dataset.train, names, sets, l_train)
-    data.write_predictions(run.out / "predictions.csv", dataset.test.names, names,
-                           l_test.softmax(dim=1), p0_test)
-    run.save("model.pt", {"prompt": learner.prompt.state_dict(), "ctx": job.ctx, "clip":
-                          job.clip_name, "class_names": names, "template": dataset.templates[0]})
-    run.say(f"results in {run.out}")
-    return run.report(zero_shot=zero, **scores(job, learner), candidates=about)
+    data.save_model(job, learner.prompt, lambda: l_test, ctx=job.ctx)
+    return finish(job, l_test.softmax(dim=1), p0_test, zero_shot=zero, **scores(job, learner),
+                  candidates=about)
 
 
 def parse(argv=None):

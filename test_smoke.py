@@ -1123,25 +1123,28 @@ def test_adapters_start_at_clip(vit, resnet):
         x = golden_images(2, model.visual.input_resolution)
         student = student_of(model, peft="adapter")
         want = F.normalize(model.encode_image(x), dim=-1)
-        assert torch.allclose(student.features(model, x), want, atol=1e-6)
-        student.features(model, x)[:, 0].sum().backward()
+        f, *_ = student(model, x)
+        assert torch.allclose(f, want, atol=1e-6)
+        f[:, 0].sum().backward()
         assert any(v.grad is not None and v.grad.any() for v in student.adapters.parameters())
 
 
 def test_full_model_is_an_fc_layer_on_a_fresh_encoder(frozen):    # Eq. (7)
     student, x, t0 = student_of(frozen), golden_images(2, 32), unit(3, 64)
-    before, tau = student(frozen, x), frozen.logit_scale.exp()
+    before = student(frozen, x)
     model, v = coft.FullModel(frozen, t0, student), frozen.encode_image(x)      # no visual prompts
-    torch.testing.assert_close(coft.logits(*model(frozen, x)[:2], tau), v @ t0.T)
-    model.fc.data += 0.1 * torch.randn_like(model.fc)
-    W, b = model.fc[:, :-1], model.fc[:, -1]
-    l, (*_, none) = coft.logits(*model(frozen, x)[:2], tau), model(frozen, x)
+    torch.testing.assert_close(model(frozen, x)[1], v @ t0.T)
+    W, b = model.fc.weight.data, model.fc.bias.data
+    W += 0.1 * torch.randn_like(W)
+    b += 0.1 * torch.randn_like(b)
+    found, l, none = model(frozen, x)
+    torch.testing.assert_close(found, v)
     for n in range(2):
         for k in range(3):
-            want = sum(float(W[k, d].detach() * v[n, d]) for d in range(64)) + float(b[k].detach())
+            want = sum(float(W[k, d] * v[n, d]) for d in range(64)) + float(b[k])
             assert float(l[n, k].detach()) == pytest.approx(want, rel=1e-3) and none is None
     l[0, 0].backward()
-    assert model.visual.proj.grad.any() and float(model.fc.grad[0, -1]) == pytest.approx(1)
+    assert model.visual.proj.grad.any() and model.fc.bias.grad.tolist() == [1, 0, 0]
     assert all(torch.equal(a, b) for a, b in zip(model.judge(frozen, x), before))
     assert not any(v.requires_grad for v in model.judge.parameters())
 
@@ -1162,7 +1165,7 @@ def test_gradients(frozen):
 
     def loss(phase, clean, lam):
         job = SimpleNamespace(clip_model=frozen, args=SimpleNamespace(lam=lam))
-        return coft.total_loss(job, phase, *student(frozen, x), (y, clean, y_bar))
+        return coft.total_loss(job, phase, *student(frozen, x)[1:], (y, clean, y_bar))
     student = student_of(frozen, shapes.SHAPES)
     l_cls, l_neg = loss(1, all_, 0.0).item(), loss(1, all_, 1.0).item() - loss(1, all_, 0.0).item()
     assert loss(1, all_, 0.5).item() == pytest.approx(l_cls + 0.5 * l_neg, rel=1e-5)
@@ -1242,8 +1245,9 @@ def test_run_folder(little, drawn, tmp_path, recipe, peft, monkeypatch, capsys):
     loaded, load = [], clip.load
     monkeypatch.setattr(clip, "load", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
     assert run(tmp_path / "run", "--recipe", recipe, "--peft", peft, "--max-steps", 4) == 0
-    assert sorted(os.listdir(tmp_path / "run")) == ["args.json", "last.pt", "log.jsonl", "model.pt",
-                                                    "predictions.csv", "pseudo_labels.png"]
+    assert sorted(os.listdir(tmp_path / "run")) == [
+        "args.json", "last.pt", "log.jsonl", "model.pt", "predictions.csv", "pseudo_labels.png",
+        "report.html"]
     (first, *epochs, last), (header, *rows), saved = read(tmp_path / "run")
     assert first == json.loads((tmp_path / "run" / "args.json").read_text())
     assert first["peft"] == peft and first["max_steps"] == 4 and first["seed"] == 0
@@ -1264,27 +1268,26 @@ def test_run_folder(little, drawn, tmp_path, recipe, peft, monkeypatch, capsys):
     (used, preprocess), (untouched, _) = loaded[-1], load("tiny")   # CLIP is as it was
     assert equal(used.state_dict(), untouched.state_dict())
 
-    args = SimpleNamespace(**saved)                                 # model.pt is what predicted
-    students = torch.nn.ModuleList(coft.FullModel(untouched, unit(10, 64), coft.Student(
-        untouched, args.class_names, args.templates[0], args)) for _ in range(2))
-    start = {k: v.clone() for k, v in students.state_dict().items()}
-    students.load_state_dict(saved["models"])
-    moved = {k for k, v in saved["models"].items() if not torch.equal(v, start[k])}
-    assert moved >= {f"{m}.{k}" for m in (0, 1) for k in ("visual.proj", "fc")}
-    loader = data.DeviceLoader(data.load("demo").test.view(data.transforms(32)[0]), 50)
-    job = SimpleNamespace(clip_model=untouched, autocast=nullcontext)
-    p, p_clean = (table.mean(dim=0) for table in coft.predict(job, students, loader))
-    for i, row in enumerate(rows):
-        k = shapes.SHAPES.index(row[1])
-        assert [p[i, k], p_clean[i, k]] == pytest.approx([float(v) for v in row[2:]], abs=2e-4)
+    model = coft.load(tmp_path / "run" / "model.pt")                # model.pt is what predicted
+    start = coft.FullModel(untouched, unit(10, 64), coft.Student(
+        untouched, shapes.SHAPES, "a photo of a {}.", SimpleNamespace(**saved["student"])))
+    for m in (0, 1):
+        moved = {k for k, v in start.state_dict().items()
+                 if not torch.equal(saved["models"][f"{m}.{k}"].float(), v)}
+        assert moved >= {"visual.proj", "fc.weight", "fc.bias"}
+    test = data.load("demo").test
+    p = model(torch.stack([model.preprocess(test.image(i)) for i in range(50)]))    # (50, C)
+    torch.testing.assert_close(p.sum(dim=1), torch.ones(50))
+    assert [model.class_names[k] for k in p.argmax(dim=1)] == [row[1] for row in rows]
+    assert p.max(dim=1).values.tolist() == pytest.approx([float(row[2]) for row in rows], abs=2e-4)
 
 
 def test_flags_and_seed(little, tmp_path):
     seen = []
     for k, flags in enumerate((
-            [], ["--seed", 1], ["--judge", "self"], ["--lam", 0.5], ["--epochs2", 0],
+            [], ["--seed", 1], ["--judge", "self"], ["--epochs2", 0],
             ["--epochs1", 0], ["--recipe", "paper"], ["--ctx", 4],
-            ["--no-flip"], ["--amp", "bf16"], ["--peft-size", 1], ["--template", "{}."],
+            ["--no-flip"], ["--amp", "bf16"], ["--no-quick-gelu"], ["--template", "{}."],
             ["--k", 3], ["--lr1", 0.01], ["--lr2", 0.01])):
         assert run(tmp_path / str(k), "--max-steps", 2, *flags) == 0
         lines, rows, _ = read(tmp_path / str(k))
@@ -1804,9 +1807,9 @@ def test_drawn_candidates():
 
 def test_few_shot():
     y = torch.tensor([k % 3 for k in range(30)] + [3])
-    few = pa.few_shot(y, 4, 1)
+    few = data.few_shot(y, 4, 1)
     assert few.tolist() == sorted(set(few.tolist())) and y[few].bincount().tolist() == [4, 4, 4, 1]
-    assert not torch.equal(few, pa.few_shot(y, 4, 2)) and len(pa.few_shot(y, 99, 1)) == 31
+    assert not torch.equal(few, data.few_shot(y, 4, 2)) and len(data.few_shot(y, 99, 1)) == 31
 
 
 PHOTOS = data.Images(["cat/1.jpg", "dog/1.jpg", "dog/2.jpg", "x/3.jpg"], [1, 0, 1, 0])
@@ -1862,8 +1865,9 @@ def align_read(out):
 @pytest.mark.parametrize("objective", ["cc", "crdpll", "pico"])
 def test_align_run_folder(little, tmp_path, objective):
     assert align_run(tmp_path / "run", "--objective", objective, "--shots", 8) == 0
-    assert sorted(os.listdir(tmp_path / "run")) == ["args.json", "disambiguated.csv", "last.pt",
-                                                    "log.jsonl", "model.pt", "predictions.csv"]
+    assert sorted(os.listdir(tmp_path / "run")) == [
+        "args.json", "disambiguated.csv", "last.pt", "log.jsonl", "model.pt", "predictions.csv",
+        "report.html"]
     (first, *epochs, last), (predictions, table), saved = align_read(tmp_path / "run")
     assert first["objective"] == objective and [e["epoch"] for e in epochs] == [1, 2]
     assert all({"loss", "pll", "align", "w", "alpha", "accuracy", "disambiguation"} <= e.keys()
@@ -1873,10 +1877,8 @@ def test_align_run_folder(little, tmp_path, objective):
     assert predictions[0] == ["path", "class", "confidence", "p_clean"] and len(predictions) == 51
     assert table[0] == ["image", "candidates", "label", "confidence"]
     assert all(row[2] in row[1].split("|") and 0 <= float(row[3]) <= 1 for row in table[1:])
-    prompt = pa.Prompt(clip.load("tiny")[0], saved["class_names"], saved["template"], saved["ctx"])
-    start = prompt.ctx.clone()
-    prompt.load_state_dict(saved["prompt"])
-    assert not torch.equal(start, prompt.ctx)
+    prompt = pa.Prompt(clip.load("tiny")[0], shapes.SHAPES, "a photo of a {}.", saved["ctx"])
+    assert not torch.equal(saved["models"]["ctx"], prompt.ctx)
 
 
 def test_align_flags_and_seed(little, tmp_path):
@@ -1886,11 +1888,11 @@ def test_align_flags_and_seed(little, tmp_path):
                                "--template {}.", "--amp bf16", "--max-steps 2", "--epochs 3",
                                "--passes 1", "--no-flip", "--objective lws")):
         assert align_run(tmp_path / str(k), *flags.split()) == 0
-        ctx = align_read(tmp_path / str(k))[2]["prompt"]["ctx"].tolist()
+        ctx = align_read(tmp_path / str(k))[2]["models"]["ctx"].tolist()
         assert ctx not in seen, flags                                   # every flag does something
         seen.append(ctx)
     assert align_run(tmp_path / "again") == 0
-    assert align_read(tmp_path / "again")[2]["prompt"]["ctx"].tolist() == seen[0]
+    assert align_read(tmp_path / "again")[2]["models"]["ctx"].tolist() == seen[0]
     for k, flags in enumerate(("--supervised", "--objective naive --no-align --q 0")):   # CoOp
         assert align_run(tmp_path / f"coop{k}", *flags.split()) == 0
     assert equal(*(align_read(tmp_path / f"coop{k}")[2] for k in (0, 1)))
@@ -1915,7 +1917,7 @@ def test_align_interrupt_and_resume(little, tmp_path, monkeypatch, capsys, objec
     assert "already holds a run" in capsys.readouterr().err
     assert align_run(tmp_path / "cut", *flags, "--resume") == 0
     a, b = (align_read(tmp_path / name) for name in ("whole", "cut"))
-    assert a[1] == b[1] and torch.equal(a[2]["prompt"]["ctx"], b[2]["prompt"]["ctx"])
+    assert a[1] == b[1] and torch.equal(a[2]["models"]["ctx"], b[2]["models"]["ctx"])
     for key in ("epoch", "loss", "align", "alpha", "accuracy", "disambiguation"):
         assert [e.get(key) for e in a[0]] == [e.get(key) for e in b[0]], key
 
@@ -1963,18 +1965,205 @@ def test_align_demo_gains(tmp_path):
     assert last["accuracy"] >= last["zero_shot"] + 3, last
 
 
-# ======== all scripts: resume, several processes, precision, odd data ========
+# ======== all scripts: after the run, resume, several processes, precision, odd data ========
 
 SCRIPTS = {"coft": SHORT, "coft_plus": PLUS, "prompt_align": [
     "--device", "cpu", "--epochs", "3", "--flip"]}
 MODULES = {"coft": coft, "coft_plus": coft_plus, "prompt_align": pa}
+
+@pytest.mark.parametrize("script", ["coft", "coft_plus", "prompt_align"])
+def test_load(little, drawn, tmp_path, capsys, monkeypatch, script):
+    def go(out, *args):
+        return MODULES[script].main([*SCRIPTS[script], "--out", str(tmp_path / out),
+                                     *map(str, args)])
+    assert go("run", "--max-steps", 3, "--template", "a {}.") == 0
+    file, rows = tmp_path / "run" / "model.pt", (tmp_path / "run" / "predictions.csv").read_text()
+    assert go("again", "--load", file) == 0
+    assert (tmp_path / "again" / "predictions.csv").read_text() == rows
+    assert sorted(os.listdir(tmp_path / "again")) == [
+        "args.json", "log.jsonl", "predictions.csv", "report.html"]
+    ends = [json.loads((tmp_path / out / "log.jsonl").read_text().splitlines()[-1])["accuracy"]
+            for out in ("run", "again")]
+    assert ends[0] == ends[1]
+    class_of = dict(row[:2] for row in csv.reader(rows.splitlines()))
+    for i, (picture, k) in enumerate(zip(*drawn["test"])):      # the same images, other folders
+        for path in (f"flat/{i:05d}.png", f"labelled/{shapes.SHAPES[k]}/{i:05d}.png"):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            picture.save(tmp_path / path)
+    for folder, accuracy in (("flat", None), ("labelled", ends[0])):
+        assert go(f"of-{folder}", "--load", file, "--data", tmp_path / folder) == 0
+        found = list(csv.reader((tmp_path / f"of-{folder}" / "predictions.csv").open(newline="")))
+        assert len(found) == 51                         # all of them, without a split
+        assert all(class_of[f"test/{row[0][-9:]}"] == row[1] for row in found[1:])
+        log = (tmp_path / f"of-{folder}" / "log.jsonl").read_text().splitlines()
+        assert json.loads(log[-1])["accuracy"] == accuracy
+
+    capsys.readouterr()                                 # mistakes: one line each
+    saved = torch.load(file, weights_only=True)
+    torch.save({**saved, "script": "other"}, tmp_path / "other.pt")
+    (tmp_path / "cut.pt").write_bytes(file.read_bytes()[:900])
+    torch.save(golden_weights(VIT), tmp_path / "vit.pt")
+    (tmp_path / "cats" / "cat").mkdir(parents=True)
+    (tmp_path / "cats" / "star").mkdir(parents=True)
+    picture.save(tmp_path / "cats" / "cat" / "1.png")
+    picture.save(tmp_path / "cats" / "star" / "1.png")
+    torch.save({**saved, "clip": str(tmp_path / "gone.pt")}, tmp_path / "gone.model.pt")
+    for args, says in (
+            (["--load", tmp_path / "absent.pt"], "absent.pt is not a run's model.pt: No such file"),
+            (["--load", tmp_path / "cut.pt"], "cut.pt is not a run's model.pt"),
+            (["--load", tmp_path / "vit.pt"], "vit.pt is not a run's model.pt"),
+            (["--load", tmp_path / "other.pt"], "other.pt was written by other.py"),
+            (["--load", tmp_path / "gone.model.pt"], "no such model or file"),
+            (["--load", file, "--weights", tmp_path / "vit.pt"], "adapted from another CLIP: tiny"),
+            (["--load", file, "--data", tmp_path / "cats"], "does not know these classes: cat")):
+        assert go("out", *args) == 2, args
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and says in said and said.count("\n") == 1, said
+
+
+def test_the_lines_of_the_readme(little, drawn, tmp_path, monkeypatch, capsys):
+    assert run(tmp_path / "runs" / "coft-1", "--max-steps", 2) == 0
+    drawn["test"][0][7].save(tmp_path / "photo.jpg", quality=100, subsampling=0)
+    text = (Path(coft.__file__).parent / "README.md").read_text()
+    code, = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "coft.load" in block]
+    assert len(code.splitlines()) == 5
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(code, {})
+    name, p = capsys.readouterr().out.rsplit(maxsplit=1)
+    row = read(tmp_path / "runs" / "coft-1")[1][8]
+    assert [name, float(p)] == [row[1], pytest.approx(float(row[2]), abs=0.05)]
+
+
+def test_half_precision_where_it_changes_nothing(frozen):
+    class Model(torch.nn.Module):
+        def __init__(self, w):
+            super().__init__()
+            self.visual = torch.nn.Linear(1, 1, bias=False)
+            self.visual.weight.data.fill_(w)
+    saved = []
+    job = SimpleNamespace(run=SimpleNamespace(save=lambda name, content: saved.append(content)),
+                          args=SimpleNamespace(script="x", quick_gelu=None), clip_name="tiny",
+                          dataset=SimpleNamespace(class_names=["a"], templates=["{}"]),
+                          clip_model=frozen)
+    for w, half in ((0.1, True), (10.003, False)):      # 0.1 moves by 2e-5, 10.003 by 4e-3
+        models = torch.nn.ModuleList([Model(w)])
+        p = data.save_model(job, models, lambda: models[0].visual.weight.detach().clone())
+        found = saved[-1]["models"]["0.visual.weight"]
+        assert found.dtype == (torch.half if half else torch.float)
+        assert torch.equal(p, found.float()) and (float(p) == pytest.approx(w)) != half
+        assert torch.equal(models[0].visual.weight, p)  # what is in the file is what predicted
+
+
+def test_export(little, tmp_path, capsys):
+    file = tmp_path / "plain.pt"
+    assert run(tmp_path / "run", "--max-steps", 3, "--export", file) == 0
+    said = capsys.readouterr().out
+    plain, model = clip.load(file)[0], coft.load(tmp_path / "run" / "model.pt")
+    x, beside = golden_images(4, 32), torch.load(f"{file}.classes", weights_only=True)
+    torch.testing.assert_close(plain.encode_image(x), model.models[0].visual(x))
+    assert equal({k: v for k, v in plain.state_dict().items() if not k.startswith("visual.")},
+                 {k: v for k, v in clip.load("tiny")[0].state_dict().items()
+                  if not k.startswith("visual.")})
+    assert beside["class_names"] == list(shapes.SHAPES) and beside["t"].shape == (10, 64)
+    test = data.load("demo").test
+    f = plain.encode_image(torch.stack([model.preprocess(test.image(i)) for i in range(50)]))
+    p = (F.normalize(f, dim=1) @ beside["t"].T)                                 # (50, 10)
+    assert f"accuracy {data.accuracy(p, test.y_true)}" in said
+    assert run(tmp_path / "b", "--epochs2", 0, "--max-steps", 1, "--export", file) == 2
+    assert "--export: without phase 2" in capsys.readouterr().err
+    torch.save(golden_weights(VIT), tmp_path / "vit.pt")    # heads as OpenAI's: a plain state dict
+    assert run(tmp_path / "vit", "--weights", tmp_path / "vit.pt", "--max-steps", 1, "--export",
+               file) == 0
+    weights, model = torch.load(file, weights_only=True), coft.load(tmp_path / "vit" / "model.pt")
+    want = model.models[0].visual(x)
+    torch.testing.assert_close(clip.build_model(weights).encode_image(x), want)
+    open_clip = pytest.importorskip("open_clip")        # theirs reads it too
+    theirs = open_clip.model.CLIP(embed_dim=32, quick_gelu=True, vision_cfg=dict(
+        image_size=32, layers=2, width=128, patch_size=8), text_cfg=dict(
+        context_length=77, vocab_size=49408, width=64, heads=1, layers=2))
+    theirs.load_state_dict(weights)
+    torch.testing.assert_close(theirs.encode_image(x), want, atol=1e-4, rtol=1e-4)
+
+
+def test_plain_gelu_is_remembered(little, tmp_path):
+    assert run(tmp_path / "run", "--no-quick-gelu", "--max-steps", 1) == 0
+    model = coft.load(tmp_path / "run" / "model.pt")
+    assert any(isinstance(part, torch.nn.GELU) for part in model.clip_model.modules())
+    assert not any(isinstance(part, QuickGELU) for part in model.modules())
+
+
+def test_little_accuracy_is_warned_of(capsys):
+    job = SimpleNamespace(run=SimpleNamespace(say=print), args=SimpleNamespace(weights="x.pt"),
+                          dataset=SimpleNamespace(name="", class_names=["a"] * 10))
+    for accuracy, warned in ((34.0, True), (36.0, False), (None, False)):
+        data.report_zero_shot(job, accuracy)
+        assert ("--no-quick-gelu" in capsys.readouterr().err) == warned
+
+
+def test_report(drawn, tmp_path):
+    names = ["<b>&", *"bcdefghij"]
+    test = data.Images([f'"{i}>.png' for i in range(50)], drawn["test"][1], None, drawn["test"][0])
+    lines = [{"dataset": "a <folder>"}, *({"epoch": k, "accuracy": a, "kept": a / 100, "auroc": 0.5}
+                                          for k, a in ((1, 20.0), (2, 60.0))),
+             {"accuracy": 60.0, "zero_shot": 20.0}]
+    run_ = SimpleNamespace(lines=lines, out=tmp_path)
+    p = F.one_hot(test.y_true, 10) * (0.9 - torch.rand(50, 1)) + 0.01 * torch.rand(50, 10)
+    y = p.argmax(dim=1)                                                         # (50,)
+    data.write_report(run_, test, names, p)
+    page = (tmp_path / "report.html").read_text()
+    assert "http" not in page and "<script" not in page and "<b>&" not in page  # one file, escaped
+    assert page.count("<figure") == page.count("data:image/png;base64") == 50
+    assert page.count("<polyline") == 2 and "accuracy 60.0" in page and "kept 60.0" in page
+    assert 'points="0,160 325,80"' in page              # 20 and 60 percent
+    counts = [[int(n or 0) for n in re.findall(r"<td[^>]*>(\d*)", row)]
+              for row in re.findall(r"<tr><th>[^<].*", page)]
+    assert counts == [[int(((test.y_true == a) & (y == b)).sum()) for b in range(10)]
+                      for a in range(10)]
+    least = int((p.topk(2).values @ torch.tensor([1.0, -1.0])).argmin())
+    assert page.index(f'title="&quot;{least}&gt;.png"') == page.index('title="')
+    test.y_true, run_.lines = None, [lines[0], {"accuracy": None, "zero_shot": None}]
+    data.write_report(run_, test, names, p)             # no labels, no epochs: --load on photos
+    page = (tmp_path / "report.html").read_text()
+    assert "<table" not in page and "<polyline" not in page and page.count("<figure") == 50
+
+
+@pytest.mark.parametrize("script", [coft, coft_plus])
+def test_shots(drawn, little, tmp_path, capsys, script):            # section 4.4
+    seen = []
+    y_true, known = drawn["train"][1], data.few_shot(torch.as_tensor(drawn["train"][1]), 2, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        step = script.train_step
+        patch.setattr(script, "train_step", lambda job, phase, batches, y, clean: seen.append(
+            (y.clone(), clean.clone())) or step(job, phase, batches, y, clean))
+        assert run(tmp_path / "run", "--shots", 2, "--max-steps", 2, script=script) == 0
+    for y, clean in seen:                               # in both phases, for both students
+        assert (y[:, known] == torch.as_tensor(y_true)[known]).all() and clean[:, known].all()
+    assert any((y != torch.as_tensor(y_true)).any() for y, _ in seen)
+    shuffled = list(y_true)                             # the labels of no other image are read
+    others = [i for i in range(100) if i not in known.tolist()]
+    for i, j in zip(others, others[1:] + others[:1]):
+        shuffled[i] = y_true[j]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "few_shot", lambda *_: known)
+        patch.setattr(shapes, "pictures", lambda name, part: (
+            (drawn["train"][0], shuffled) if part == "train" else drawn[part]))
+        assert run(tmp_path / "other", "--shots", 2, "--max-steps", 2, script=script) == 0
+    same_result(tmp_path / "run", tmp_path / "other")
+    save_pictures(tmp_path / "photos", drawn, "{i:03d}.png", "{i:03d}.png")
+    assert run(tmp_path / "none", "--data", tmp_path / "photos", "--classes",
+               ",".join(shapes.SHAPES), *FOLDER, "--shots", 2, script=script) == 2
+    assert "--shots: the training images have no labels" in capsys.readouterr().err
+
 
 
 def test_copies_are_the_same():
     for name, scripts in (("main", MODULES), ("diagnostics", ("coft", "coft_plus")),
                           ("total_loss", ("coft", "coft_plus")), ("Prompt", ("coft", "coft_plus")),
                           ("guess", ("coft", "coft_plus")), ("predict", ("coft", "coft_plus")),
-                          ("select_clean", ("coft", "coft_plus"))):
+                          ("select_clean", ("coft", "coft_plus")),
+                          ("FullModel", ("coft", "coft_plus")),
+                          ("Adapted", ("coft", "coft_plus")), ("finish", ("coft", "coft_plus"))):
         assert len({inspect.getsource(getattr(MODULES[script], name)) for script in scripts}) == 1
 
 

@@ -5,7 +5,7 @@
 """
 from .clip import (CLIPError, available_models, check_architecture, load, tokenize,
                    zeroshot_classifier)
-from .model import CLIP, build_model
+from .model import CLIP, build_model, checkpoint_of, fingerprint
 
-__all__ = ["CLIP", "CLIPError", "available_models", "build_model", "check_architecture", "load",
-           "tokenize", "zeroshot_classifier"]
+__all__ = ["CLIP", "CLIPError", "available_models", "build_model", "check_architecture",
+           "checkpoint_of", "fingerprint", "load", "tokenize", "zeroshot_classifier"]

@@ -16,6 +16,8 @@ The hook, `visual(x, prompts=None, adapters=None)`; with neither it is exactly C
                             the MLP's output (parallel bottleneck adapter).
               ResNet stage: adapter("stage", h), h = its output (B, H, W, C) -> same shape, added.
 """
+import ctypes
+import hashlib
 import math
 from collections import OrderedDict
 
@@ -410,3 +412,24 @@ def build_model(state_dict, quick_gelu=True, vision_heads=None, transformer_head
         reason = " ".join(str(error).split("\n", 1)[-1].split())[:200]
         raise CLIPError(f"the weights do not fit a CLIP model: {reason}") from None
     return model.eval()
+
+
+def fingerprint(model):
+    """SHA-256 (hex) of the weights, the same whatever kind of file they came in."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        value = value.float().cpu().contiguous()
+        digest.update(name.encode() + ctypes.string_at(value.data_ptr(), 4 * value.numel()))
+    return digest.hexdigest()
+
+
+def checkpoint_of(model):
+    """What to torch.save for openai/CLIP, open_clip and `load`: the state dict. With it, for `load`
+    alone, what shapes do not tell, if it is not as in OpenAI's models: heads, activation."""
+    heads = {"transformer_heads": model.transformer.heads}
+    if hasattr(model.visual, "transformer"):
+        heads["vision_heads"] = model.visual.transformer.heads
+    quick_gelu = any(isinstance(part, QuickGELU) for part in model.transformer.modules())
+    if heads["transformer_heads"] * 64 == model.transformer.width and quick_gelu:
+        return model.state_dict()
+    return {"state_dict": model.state_dict(), "quick_gelu": quick_gelu, **heads}
