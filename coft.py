@@ -277,7 +277,7 @@ def start_phase(job, number, students, steps):
     """What learns in a phase of so many steps: students, EMA copies (A4), optimiser."""
     args = job.args
     if number == 2:
-        students = nn.ModuleList(FullModel(job.clip_model, job.t0, me) for me in students)
+        students = nn.ModuleList(FullModel(job.full, job.t0, me) for me in students)
     if "adam" in job.added:                                                     # (A5)
         groups = [g for student in students for g in student.param_groups(args.lr1, args.lr2)]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=job.device.type == "cuda")
@@ -429,16 +429,16 @@ def diagnostics(tables, lesson, judge, peers, y_true):
 class Adapted(nn.Module):
     """What a run learnt: preprocessed images (B, 3, R, R) -> probabilities of the classes (B, C),
     the mean of both students'. Has .class_names, and .preprocess: PIL image -> (3, R, R)."""
-    def __init__(self, saved, clip_model, preprocess=None):
+    def __init__(self, saved, clip_model, full, preprocess=None):
         super().__init__()
         self.class_names, self.preprocess = saved["class_names"], preprocess
         self.clip_model, weights = clip_model, saved["models"]
         self.models = nn.ModuleList(
             Student(clip_model, self.class_names, saved["templates"][0],
-                    SimpleNamespace(**saved["student"])) for _ in range(2))
+                    SimpleNamespace(**saved["light"])) for _ in range(2))
         if "0.fc.weight" in weights:                    # after phase 2
             self.models = nn.ModuleList(
-                FullModel(clip_model, weights["0.fc.weight"], me) for me in self.models)
+                FullModel(full, weights["0.fc.weight"], me) for me in self.models)
         self.models.load_state_dict(weights)
         self.to(clip_model.logit_scale.device).requires_grad_(False)
 
@@ -453,7 +453,7 @@ def load(path, device="cpu", weights=None):
     clip_model, preprocess = clip.load(weights or saved["clip"], device,
                                        quick_gelu=saved["quick_gelu"])
     data.check_clip(saved, clip_model)
-    return Adapted(saved, clip_model, preprocess)
+    return Adapted(saved, clip_model, data.second_clip(saved["student"], clip_model), preprocess)
 
 
 def export(job, model, path):
@@ -461,9 +461,10 @@ def export(job, model, path):
     names; in a second file a unit vector t_k per class, for CLIP's own tau f.t_k."""
     if not isinstance(model, FullModel):
         raise data.DataError("--export: without phase 2 CLIP's encoder is as it was")
-    job.clip_model.visual, t = model.visual, F.normalize(model.fc.weight.detach(), dim=1)
-    for name, content in ((path, clip.checkpoint_of(job.clip_model)), (f"{path}.classes", {
-            "class_names": job.dataset.class_names, "t": t})):                  # t (C, D)
+    job.clip_model, t = job.full, F.normalize(model.fc.weight.detach(), dim=1)  # (C, D)
+    job.full.visual = model.visual
+    for name, content in ((path, clip.checkpoint_of(job.full)), (f"{path}.classes", {
+            "class_names": job.dataset.class_names, "t": t})):
         with data.replacing(name) as file:
             torch.save(content, file)
     alone = data.accuracy(zero_shot(job, t, job.test), job.dataset.test.y_true)
@@ -475,8 +476,8 @@ def finish(job, models, zero=None):
     args, run, test, names = job.args, job.run, job.dataset.test, job.dataset.class_names
     judge = partial(predict, job, models, job.test)
     p, p_clean = judge() if args.load else data.save_model(     # (2, N, C) each
-        job, models, lambda: torch.stack(judge()), recipe=args.recipe,
-        student={"peft": args.peft, "peft_size": args.peft_size, "ctx": args.ctx})
+        job, models, lambda: torch.stack(judge()), recipe=args.recipe, student=args.student,
+        light={"peft": args.peft, "peft_size": args.peft_size, "ctx": args.ctx})
     p, p_clean = p.mean(dim=0), p_clean.mean(dim=0)                             # (N, C) each
     data.write_predictions(run.out / "predictions.csv", test.names, names, p, p_clean)
     if args.export:
@@ -497,19 +498,20 @@ def adapt(args):
     job = data.setup(args, SETTINGS[base] | {k: rates[k] for k in ("lr1", "lr2")})
     job.added = added
     run, dataset, clip_model, names = job.run, job.dataset, job.clip_model, job.dataset.class_names
-    if args.peft == "vpt" and not hasattr(clip_model.visual, "transformer"):
-        raise data.DataError("--peft vpt needs a ViT; a ResNet takes --peft adapter")
     # mixed precision: weights stay fp32; fp16's small gradients need their loss scaled
     job.autocast = partial(torch.autocast, job.device.type, job.amp_dtype,
                            enabled=job.amp_dtype is not None)
     job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
     job.peers = (0, 1) if args.judge == "self" else (1, 0)
+    job.full = data.second_clip(job.saved["student"] if args.load else args.student, clip_model)
     if args.load:
-        return finish(job, Adapted(job.saved, clip_model).models)
+        return finish(job, Adapted(job.saved, clip_model, job.full).models)
+    if args.peft == "vpt" and not hasattr(clip_model.visual, "transformer"):
+        raise data.DataError("--peft vpt needs a ViT; a ResNet takes --peft adapter")
 
     # CLIP's own guesses, and the confident ones among them
     prompts = [[template.format(c) for template in dataset.templates] for c in names]
-    job.t0 = t0 = clip.zeroshot_classifier(clip_model, prompts)                 # (C, D)
+    t0, job.t0 = (clip.zeroshot_classifier(one, prompts) for one in (clip_model, job.full))
     zero = data.accuracy(zero_shot(job, t0, job.test), dataset.test.y_true)
     data.report_zero_shot(job, zero)
     weak, _ = data.augmented_views(job, lambda view: zero_shot(job, t0, job.load(view)))
@@ -558,6 +560,7 @@ def parse(argv=None):
     add("--k", type=float, help="images per class to start from; below 1: as a share of N / C")
     add("--shots", type=int, default=0, metavar="K", help="labelled images per class, the others "
         "stay unlabelled (%(default)s)")
+    add("--student", metavar="ARCH|FILE", help="another CLIP, whose image encoder phase 2 trains")
     add("--epochs1", type=int, help="of phase 1; without it nothing is filtered")
     add("--epochs2", type=int, help="of phase 2; 0 leaves it out")
     add("--lr1", type=float, help="of prompts and light modules")

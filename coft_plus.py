@@ -289,7 +289,7 @@ def start_phase(job, number, students, steps):
     """What learns in a phase of so many steps: students, EMA copies (A4), optimiser."""
     args = job.args
     if number == 2:
-        students = nn.ModuleList(FullModel(job.clip_model, job.t0, me) for me in students)
+        students = nn.ModuleList(FullModel(job.full, job.t0, me) for me in students)
     if "adam" in job.added:                                                     # (A5)
         groups = [g for student in students for g in student.param_groups(args.lr1, args.lr2)]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=job.device.type == "cuda")
@@ -297,7 +297,7 @@ def start_phase(job, number, students, steps):
         learns = [v for v in students.parameters() if v.requires_grad]
         optimizer = torch.optim.SGD(learns, args.lr1 if number == 1 else args.lr2, momentum=0.9,
                                     weight_decay=5e-4)
-    B, N, D = args.batch_size, len(job.dataset.train), job.clip_model.visual.output_dim
+    B, N, D = args.batch_size, len(job.dataset.train), job.full.visual.output_dim
     Q = math.ceil(min(16, N / 2 / B)) * B
     return SimpleNamespace(
         queues=nn.ModuleList(Queue(Q, D) for _ in range(2) if args.gamma and number == 2
@@ -474,16 +474,16 @@ def diagnostics(tables, lesson, judge, peers, y_true):
 class Adapted(nn.Module):
     """What a run learnt: preprocessed images (B, 3, R, R) -> probabilities of the classes (B, C),
     the mean of both students'. Has .class_names, and .preprocess: PIL image -> (3, R, R)."""
-    def __init__(self, saved, clip_model, preprocess=None):
+    def __init__(self, saved, clip_model, full, preprocess=None):
         super().__init__()
         self.class_names, self.preprocess = saved["class_names"], preprocess
         self.clip_model, weights = clip_model, saved["models"]
         self.models = nn.ModuleList(
             Student(clip_model, self.class_names, saved["templates"][0],
-                    SimpleNamespace(**saved["student"])) for _ in range(2))
+                    SimpleNamespace(**saved["light"])) for _ in range(2))
         if "0.fc.weight" in weights:                    # after phase 2
             self.models = nn.ModuleList(
-                FullModel(clip_model, weights["0.fc.weight"], me) for me in self.models)
+                FullModel(full, weights["0.fc.weight"], me) for me in self.models)
         self.models.load_state_dict(weights)
         self.to(clip_model.logit_scale.device).requires_grad_(False)
 
@@ -498,7 +498,7 @@ def load(path, device="cpu", weights=None):
     clip_model, preprocess = clip.load(weights or saved["clip"], device,
                                        quick_gelu=saved["quick_gelu"])
     data.check_clip(saved, clip_model)
-    return Adapted(saved, clip_model, preprocess)
+    return Adapted(saved, clip_model, data.second_clip(saved["student"], clip_model), preprocess)
 
 
 def export(job, model, path):
@@ -506,9 +506,10 @@ def export(job, model, path):
     names; in a second file a unit vector t_k per class, for CLIP's own tau f.t_k."""
     if not isinstance(model, FullModel):
         raise data.DataError("--export: without phase 2 CLIP's encoder is as it was")
-    job.clip_model.visual, t = model.visual, F.normalize(model.fc.weight.detach(), dim=1)
-    for name, content in ((path, clip.checkpoint_of(job.clip_model)), (f"{path}.classes", {
-            "class_names": job.dataset.class_names, "t": t})):                  # t (C, D)
+    job.clip_model, t = job.full, F.normalize(model.fc.weight.detach(), dim=1)  # (C, D)
+    job.full.visual = model.visual
+    for name, content in ((path, clip.checkpoint_of(job.full)), (f"{path}.classes", {
+            "class_names": job.dataset.class_names, "t": t})):
         with data.replacing(name) as file:
             torch.save(content, file)
     alone = data.accuracy(zero_shot(job, t, job.test), job.dataset.test.y_true)
@@ -520,8 +521,8 @@ def finish(job, models, zero=None):
     args, run, test, names = job.args, job.run, job.dataset.test, job.dataset.class_names
     judge = partial(predict, job, models, job.test)
     p, p_clean = judge() if args.load else data.save_model(     # (2, N, C) each
-        job, models, lambda: torch.stack(judge()), recipe=args.recipe,
-        student={"peft": args.peft, "peft_size": args.peft_size, "ctx": args.ctx})
+        job, models, lambda: torch.stack(judge()), recipe=args.recipe, student=args.student,
+        light={"peft": args.peft, "peft_size": args.peft_size, "ctx": args.ctx})
     p, p_clean = p.mean(dim=0), p_clean.mean(dim=0)                             # (N, C) each
     data.write_predictions(run.out / "predictions.csv", test.names, names, p, p_clean)
     if args.export:
@@ -542,15 +543,16 @@ def adapt(args):
     job = data.setup(args, SETTINGS[base] | {k: rates[k] for k in ("lr1", "lr2")})
     job.added = added
     run, dataset, clip_model, names = job.run, job.dataset, job.clip_model, job.dataset.class_names
-    if args.peft == "vpt" and not hasattr(clip_model.visual, "transformer"):
-        raise data.DataError("--peft vpt needs a ViT; a ResNet takes --peft adapter")
     # mixed precision: weights stay fp32; fp16's small gradients need their loss scaled
     job.autocast = partial(torch.autocast, job.device.type, job.amp_dtype,
                            enabled=job.amp_dtype is not None)
     job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
     job.peers = (0, 1) if args.judge == "self" else (1, 0)
+    job.full = data.second_clip(job.saved["student"] if args.load else args.student, clip_model)
     if args.load:
-        return finish(job, Adapted(job.saved, clip_model).models)
+        return finish(job, Adapted(job.saved, clip_model, job.full).models)
+    if args.peft == "vpt" and not hasattr(clip_model.visual, "transformer"):
+        raise data.DataError("--peft vpt needs a ViT; a ResNet takes --peft adapter")
 
     # CLIP's own guesses, helped by sentences, and the confident ones among them
     ours = Path(__file__).with_name("prompts") / f"{dataset.name}.json"
@@ -558,10 +560,9 @@ def adapt(args):
     written = load_prompts(path, names) if path else [[] for _ in names]        # section 3.3.3
     run.say(f"sentences about the classes: {path or 'none'}")
     prompts = [[template.format(c) for template in dataset.templates] for c in names]
-    job.t0 = clip.zeroshot_classifier(clip_model, prompts)                      # (C, D)
-    prompts = [a + b if "mix" in added else b or a for a, b in zip(prompts, written)]   # (A6)
-    t0 = clip.zeroshot_classifier(clip_model, prompts)                          # (C, D)
-    job.t0 = t0 if "mix" in added else job.t0
+    texts = [a + b if "mix" in added else b or a for a, b in zip(prompts, written)]     # (A6)
+    t0 = clip.zeroshot_classifier(clip_model, texts)                            # (C, D)
+    job.t0 = clip.zeroshot_classifier(job.full, texts if "mix" in added else prompts)
     zero = data.accuracy(zero_shot(job, t0, job.test), dataset.test.y_true)
     data.report_zero_shot(job, zero)
     weak, _ = data.augmented_views(job, lambda view: zero_shot(job, t0, job.load(view)))
@@ -616,6 +617,7 @@ def parse(argv=None):
     add("--gamma", type=float, help="weight of the contrastive loss")
     add("--shots", type=int, default=0, metavar="K", help="labelled images per class, the others "
         "stay unlabelled (%(default)s)")
+    add("--student", metavar="ARCH|FILE", help="another CLIP, whose image encoder phase 2 trains")
     add("--epochs1", type=int, help="of each round of phase 1; without it nothing is filtered")
     add("--epochs2", type=int, help="of phase 2; 0 leaves it out")
     add("--lr1", type=float, help="of prompts and light modules")

@@ -766,6 +766,17 @@ def setup(args, settings={}):
         test=test, saved=saved, amp_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp))
 
 
+def second_clip(name, clip_model):
+    """Another CLIP for the same images, frozen; without a name `clip_model` itself."""
+    if not name:
+        return clip_model
+    other, _ = clip.load(name, device=clip_model.logit_scale.device)
+    sizes = [one.visual.input_resolution for one in (other, clip_model)]
+    if sizes[0] != sizes[1]:
+        raise DataError(f"--student {name} takes images of {sizes[0]} pixels, not {sizes[1]}")
+    return other.requires_grad_(False)
+
+
 def pick_device(name=None):
     """torch.device of --device; without a name CUDA, then MPS, then CPU. DataError if unusable.
     Of several processes each takes a GPU of its own."""

@@ -1270,7 +1270,7 @@ def test_run_folder(little, drawn, tmp_path, recipe, peft, monkeypatch, capsys):
 
     model = coft.load(tmp_path / "run" / "model.pt")                # model.pt is what predicted
     start = coft.FullModel(untouched, unit(10, 64), coft.Student(
-        untouched, shapes.SHAPES, "a photo of a {}.", SimpleNamespace(**saved["student"])))
+        untouched, shapes.SHAPES, "a photo of a {}.", SimpleNamespace(**saved["light"])))
     for m in (0, 1):
         moved = {k for k, v in start.state_dict().items()
                  if not torch.equal(saved["models"][f"{m}.{k}"].float(), v)}
@@ -1486,7 +1486,7 @@ def test_contrast_in_phase_2(frozen, monkeypatch):      # Eq. (8)-(10)
     args, sent = SimpleNamespace(peft="vpt", peft_size=2, ctx=0, gamma=0.5, batch_size=4), []
     job = SimpleNamespace(clip_model=frozen, args=args, added={"adam"}, scaler=torch.amp.GradScaler(
         enabled=False), autocast=nullcontext, device=torch.device("cpu"), t0=unit(10, 64),
-        dataset=SimpleNamespace(class_names=shapes.SHAPES, train=range(8)))
+        full=frozen, dataset=SimpleNamespace(class_names=shapes.SHAPES, train=range(8)))
     args.lr1 = args.lr2 = 1e-3
     students = torch.nn.ModuleList(coft_plus.Student(frozen, shapes.SHAPES, "a {}.", args)
                                    for _ in range(2))
@@ -1501,7 +1501,7 @@ def test_contrast_in_phase_2(frozen, monkeypatch):      # Eq. (8)-(10)
         q, k = (F.normalize(frozen.encode_image(v), dim=-1) for v in (x, x_key))
     before = phase.queues[0].k.clone()
     found = coft_plus.train_step(job, phase, [(x, x_key, i)] * 2, y, clean)["loss"]
-    want = sum(float(nce(*a)) for a in sent) / 2
+    want = sum(float(nce(*a).detach()) for a in sent) / 2
     assert float(found) == pytest.approx(0.5 * want)    # gamma
     torch.testing.assert_close(sent[0][0], q)
     torch.testing.assert_close(sent[0][1], k)
@@ -2126,6 +2126,27 @@ def test_report(drawn, tmp_path):
     data.write_report(run_, test, names, p)             # no labels, no epochs: --load on photos
     page = (tmp_path / "report.html").read_text()
     assert "<table" not in page and "<polyline" not in page and page.count("<figure") == 50
+
+
+@pytest.mark.parametrize("script", [coft, coft_plus])
+def test_student(little, tmp_path, capsys, script):                 # section 4.5
+    for name, shape in (("small", VIT), ("resnet", RESNET), ("resnet32", RESNET | dict(
+            image_resolution=32))):
+        torch.save(golden_weights(shape), tmp_path / f"{name}.pt")
+    for name in ("small", "resnet32"):
+        assert run(tmp_path / name, "--student", tmp_path / f"{name}.pt", "--max-steps", 3,
+                   "--export", tmp_path / "plain.pt", script=script) == 0
+        model, start = script.load(tmp_path / name / "model.pt"), clip.load(
+            tmp_path / f"{name}.pt")[0].visual.state_dict()
+        learnt = model.models[0].visual.state_dict()
+        assert learnt.keys() == start.keys() and not equal(learnt, start)
+        assert model.models[0].judge.prompts.shape[-1] == 128       # of the teacher's width
+        assert equal(clip.load(tmp_path / "plain.pt")[0].visual.state_dict(), learnt)
+        assert run(tmp_path / f"{name}2", "--load", tmp_path / name / "model.pt", script=script) == 0
+        rows = [(tmp_path / out / "predictions.csv").read_text() for out in (name, f"{name}2")]
+        assert rows[0] == rows[1]
+    assert run(tmp_path / "x", "--student", tmp_path / "resnet.pt", script=script) == 2
+    assert "takes images of 64 pixels, not 32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", [coft, coft_plus])
