@@ -9,8 +9,8 @@ and a whole image encoder learns from the rest. `--recipe paper` is this, as pub
     p0 = zero_shot(clip_model)                                                          Eq. 1
     y, S* = pseudo_labels(p0, K)            the K most confident images of each class   Eq. 1
     phase 1, both students, from different random numbers, on batches of S*:
-        f, t_pos, t_neg = student(x)            image features, two texts per class     Eq. 2, 3
-        loss = loss_cls(f.t_pos, y) + lam loss_neg(f.t_pos, f.t_neg, y, another class)  Eq. 4-6
+        l+, l- = tau f.t_pos, tau f.t_neg       image features, two texts per class     Eq. 2, 3
+        loss = loss_cls(l+, y) + lam loss_neg(l+, l-, y, another class)                 Eq. 4-6
     phase 2, for student, peer in ((0, 1), (1, 0)), on batches of its clean images:     3.2.2
         y = the student's label; clean = the peer's p_clean of y > 1/2, for every image Eq. 5
         loss = loss_cls(W v + b, y), a fresh encoder and W, b learn                     Eq. 7
@@ -32,7 +32,8 @@ words), lam 1, batches of 64, momentum 0.9; an epoch is N / B steps, however sma
 from; CoOp's templates, in V+ and V- too; random words as large as CLIP's; students differ in order
 and complements too; a class that is nobody's guess takes its K likeliest images; W starts at t0;
 warm-up, cosine, weight decay 5e-4 (A5: 0.01 for the encoder, none elsewhere); weak views; EMA
-decay 0.99 at most; V- learns ten times as fast as V+ in A5. Left out: the paper's 4.4 and 4.5.
+decay 0.99 at most; V- learns ten times as fast as V+ in A5. --shots is the paper's 4.4, --student
+its 4.5.
 """
 import argparse
 import copy
@@ -342,8 +343,9 @@ def train_phase(job, number, students, view, labels, tables):
         p = guess(tables[0], job.added)                                         # (2, N, C)
         if lesson is None or number == 1 or "fresh" in job.added:               # (A3)
             lesson = select_clean(number, p, tables[1], labels, job.peers)
-            for table, known in zip(lesson, (job.y_known, True)):               # section 4.4
-                table[:, job.known] = known
+            if args.shots:                              # section 4.4: their true labels
+                lesson[0][:, job.known] = images.y_true[job.known]
+                lesson[1][:, job.known] = True
         y, clean = lesson                                                       # (2, N) each
         for loader, mine in zip(loaders, clean):        # batches of clean images only
             loader.sampler.among = mine.nonzero()[:, 0].tolist()
@@ -450,9 +452,7 @@ def load(path, device="cpu", weights=None):
     """The `Adapted` model of a run's model.pt; weights: its CLIP, if that lies elsewhere now.
     Raises data.DataError, clip.CLIPError."""
     saved = data.read_model(path, "coft")
-    clip_model, preprocess = clip.load(weights or saved["clip"], device,
-                                       quick_gelu=saved["quick_gelu"])
-    data.check_clip(saved, clip_model)
+    clip_model, preprocess = data.load_clip(saved, weights, device)
     return Adapted(saved, clip_model, data.second_clip(saved["student"], clip_model), preprocess)
 
 
@@ -520,12 +520,7 @@ def adapt(args):
         p0 = sum(zero_shot(job, t0, looks) for _ in range(VIEWS)) / VIEWS       # (N, C)
     else:
         p0 = zero_shot(job, t0, job.train)
-    job.known = job.y_known = torch.zeros(0, dtype=torch.long)
-    if args.shots:                                      # section 4.4: true labels of these images
-        if dataset.train.y_true is None:
-            raise data.DataError("--shots: the training images have no labels")
-        job.known = data.few_shot(dataset.train.y_true, args.shots, args.seed)  # (n,)
-        job.y_known = dataset.train.y_true[job.known]                           # (n,)
+    job.known = data.few_shot(dataset.train.y_true, args.shots, args.seed)      # (n,) section 4.4
     K = math.ceil(args.k if args.k >= 1 else args.k * len(p0) / len(names))
     y, confident = pseudo_labels(guess(p0[None], added)[0], K)                  # (N,) each
     labels = torch.stack([y, y]), torch.stack([confident, confident])           # for both students

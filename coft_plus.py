@@ -15,8 +15,9 @@ Run:  python coft_plus.py                               the demo, offline; READM
       python coft_plus.py --data ./oxford_pets          with our sentences, prompts/oxford_pets.json
       python coft_plus.py --data ./photos --classes cat,dog --prompts mine.json
 
-The paper does not say, so decided here, beyond coft.py: three rounds, temperature 0.1, a queue of
-half an epoch or 16 batches at most; classes without sentences get the template.
+The paper does not say, so decided here, beyond coft.py: three rounds (ours: one, more gain nothing
+on its labels), temperature 0.1, a queue of half an epoch or 16 batches at most; classes without
+sentences get the template.
 """
 import argparse
 import copy
@@ -49,10 +50,10 @@ VIEWS = 8           # (A1) of each image, for the first labels
 SETTINGS = {    # where no flag says otherwise: (tiny CLIPs, D < 512; OpenAI's models)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (4, 10), "epochs2": (4, 10),
-              "gamma": (0.1, 0.1)},
+              "gamma": (0.1, 0.1), "rounds": (3, 3)},
     "ours": {"k": (16, 16), "ctx": (0, 0), "peft_size": (4, 20), "lam": (1.0, 1.0),
-             "lr1": (2e-3, 2e-3), "lr2": (3e-4, 1e-5), "epochs1": (2, 2), "epochs2": (12, 12),
-             "gamma": (0.1, 0.1)}}
+             "lr1": (2e-3, 2e-3), "lr2": (3e-4, 1e-5), "epochs1": (4, 4), "epochs2": (12, 12),
+             "gamma": (0.1, 0.1), "rounds": (1, 1)}}
 
 # ======== equations ========
 
@@ -365,8 +366,9 @@ def train_phase(job, number, round, students, view, labels, tables):
         p = guess(tables[0], job.added)                                         # (2, N, C)
         if lesson is None or number == 1 or "fresh" in job.added:               # (A3)
             lesson = select_clean(number, p, tables[1], labels, job.peers)
-            for table, known in zip(lesson, (job.y_known, True)):               # section 4.4
-                table[:, job.known] = known
+            if args.shots:                              # section 4.4: their true labels
+                lesson[0][:, job.known] = images.y_true[job.known]
+                lesson[1][:, job.known] = True
         y, clean = lesson                                                       # (2, N) each
         for loader, mine in zip(loaders, clean):        # batches of clean images, or for Eq. 8 all
             loader.sampler.among = [] if phase.queues else mine.nonzero()[:, 0].tolist()
@@ -495,9 +497,7 @@ def load(path, device="cpu", weights=None):
     """The `Adapted` model of a run's model.pt; weights: its CLIP, if that lies elsewhere now.
     Raises data.DataError, clip.CLIPError."""
     saved = data.read_model(path, "coft_plus")
-    clip_model, preprocess = clip.load(weights or saved["clip"], device,
-                                       quick_gelu=saved["quick_gelu"])
-    data.check_clip(saved, clip_model)
+    clip_model, preprocess = data.load_clip(saved, weights, device)
     return Adapted(saved, clip_model, data.second_clip(saved["student"], clip_model), preprocess)
 
 
@@ -571,12 +571,7 @@ def adapt(args):
         p0 = sum(zero_shot(job, t0, looks) for _ in range(VIEWS)) / VIEWS       # (N, C)
     else:
         p0 = zero_shot(job, t0, job.train)
-    job.known = job.y_known = torch.zeros(0, dtype=torch.long)
-    if args.shots:                                      # section 4.4: true labels of these images
-        if dataset.train.y_true is None:
-            raise data.DataError("--shots: the training images have no labels")
-        job.known = data.few_shot(dataset.train.y_true, args.shots, args.seed)  # (n,)
-        job.y_known = dataset.train.y_true[job.known]                           # (n,)
+    job.known = data.few_shot(dataset.train.y_true, args.shots, args.seed)      # (n,) section 4.4
     K = math.ceil(args.k if args.k >= 1 else args.k * len(p0) / len(names))
     labels = next_labels(torch.stack([p0, p0]), K, added)                       # (2, N) each
 
@@ -613,7 +608,7 @@ def parse(argv=None):
         "default of this and all below without one: the table SETTINGS")
     add("--k", type=float, help="images per class to start from; below 1: as a share of N / C")
     add("--prompts", metavar="FILE", help="JSON {class: [sentence, ...]}; default: ours; '': none")
-    add("--rounds", type=int, default=3, metavar="R", help="of phase 1 (%(default)s)")
+    add("--rounds", type=int, metavar="R", help="of phase 1")
     add("--gamma", type=float, help="weight of the contrastive loss")
     add("--shots", type=int, default=0, metavar="K", help="labelled images per class, the others "
         "stay unlabelled (%(default)s)")

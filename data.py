@@ -726,24 +726,22 @@ def recipe(text, additions):
 
 def setup(args, settings={}):
     """What a run works with: .args, .device, .dataset, .clip_model (frozen), .clip_name, .run,
-    .saved (what --load read), .amp_dtype (None: full precision), .load (`DeviceLoader` with this run's settings), and loaders
-    of the plain images: .train, .test (the same one if these are one set). settings: {flag: (of
-    CLIPs with D < 512, of larger ones)}, for flags that were not given."""
+    .saved (what --load read), .amp_dtype (None: full precision), .load (`DeviceLoader` with this
+    run's settings), and loaders of the plain images: .train, .test (the same one if these are one
+    set). settings: {flag: (of CLIPs with D < 512, of larger ones)}, for flags not given."""
     device, saved = pick_device(args.device), None
     torch.manual_seed(args.seed)
     if args.load:                                       # its classes and its CLIP
         saved = read_model(args.load, args.script)
-        args.weights, args.quick_gelu = args.weights or saved["clip"], saved["quick_gelu"]
     dataset = broadcast_from_rank0(load, args.data, args.classes, args.template,
                                    saved and saved["class_names"])
     weights = args.weights or args.arch or ("tiny" if dataset.name == "demo" else "ViT-B/16")
-    if world_size() > 1:
+    if world_size() > 1 and not saved:
         broadcast_from_rank0(lambda: bool(clip.load(weights)))  # perhaps downloads it, for all
-    clip_model, _ = clip.load(weights, device=device, quick_gelu=args.quick_gelu)
+    clip_model, _ = (load_clip(saved, args.weights, device) if saved else
+                     clip.load(weights, device=device, quick_gelu=args.quick_gelu))
     if args.weights and args.arch:
         clip.check_architecture(clip_model, args.arch)
-    if saved:
-        check_clip(saved, clip_model)
     for flag, values in settings.items():
         if getattr(args, flag, None) is None:
             setattr(args, flag, values[clip_model.visual.output_dim >= 512])
@@ -826,7 +824,11 @@ def accuracy(p, y_true):
 
 
 def few_shot(y_true, K, seed):
-    """Indices of K images per class, of all where there are fewer. y_true (N,)."""
+    """Indices of K images per class, of all where there are fewer. y_true (N,), or None: none."""
+    if y_true is None and K:
+        raise DataError("--shots: the training images have no labels")
+    if not K:
+        return torch.zeros(0, dtype=torch.long)
     order = torch.randperm(len(y_true), generator=torch.Generator().manual_seed(seed))
     return torch.cat([order[y_true[order] == k][:K] for k in y_true.unique()]).sort().values
 
@@ -1088,13 +1090,13 @@ def write_report(run, images, class_names, p):
         image.save(file := io.BytesIO(), "PNG")
         return f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
-    names, facts = [html.escape(c) for c in class_names], run.lines[-1]
+    names, first, last = [html.escape(c) for c in class_names], run.lines[0], run.lines[-1]
     page = ["<!doctype html><meta charset=utf-8><title>report</title><style>body{font:14px "
             "sans-serif}td,th{padding:2px 5px;text-align:right}figure{display:inline-block;"
-            f"margin:4px;width:110px}}</style><p>{html.escape(run.lines[0]['dataset'])}<p>zero-shot "
-            f"accuracy {facts.get('zero_shot')}, after the run {facts['accuracy']}<h2>Epochs: "
-            'percent</h2><svg width=800 height=210 fill=none><path stroke="#ddd" d="M0 1H650M0 '
-            '50H650M0 100H650M0 150H650M0 200H650"/>']
+            f"margin:4px;width:110px}}</style><p>{html.escape(first['dataset'])}<p>accuracy: "
+            f"zero-shot {last.get('zero_shot')}, after the run {last['accuracy']}"
+            "<h2>Percent after each epoch</h2><svg width=800 height=210 fill=none><path "
+            'stroke="#ddd" d="M0 1H650M0 50H650M0 100H650M0 150H650M0 200H650"/>']
     epochs = [line for line in run.lines if "epoch" in line]
     for n, (key, (scale, color)) in enumerate(CURVES.items()):
         values = [scale * line[key] for line in epochs if line.get(key) is not None]
@@ -1157,11 +1159,14 @@ def read_model(path, script):
     return saved
 
 
-def check_clip(saved, clip_model):
-    """DataError unless this is the CLIP that the run of `read_model` started from."""
-    if clip.fingerprint(clip_model) != saved["sha256"]:
+def load_clip(saved, weights, device):
+    """(model, preprocess) of the CLIP that a run of `read_model` started from; weights: a file of
+    it, or None: where the run found it. DataError if it is another one."""
+    found = clip.load(weights or saved["clip"], device, quick_gelu=saved["quick_gelu"])
+    if clip.fingerprint(found[0]) != saved["sha256"]:
         raise DataError(f"the model was adapted from another CLIP: {saved['clip']}, SHA-256 of its "
                         f"weights {saved['sha256']}; give it with --weights")
+    return found
 
 
 if __name__ == "__main__":

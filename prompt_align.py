@@ -460,9 +460,7 @@ def load(path, device="cpu", weights=None):
     """The `Adapted` model of a run's model.pt; weights: its CLIP, if that lies elsewhere now.
     Raises data.DataError, clip.CLIPError."""
     saved = data.read_model(path, "prompt_align")
-    clip_model, preprocess = clip.load(weights or saved["clip"], device,
-                                       quick_gelu=saved["quick_gelu"])
-    data.check_clip(saved, clip_model)
+    clip_model, preprocess = data.load_clip(saved, weights, device)
     return Adapted(saved, clip_model, preprocess)
 
 

@@ -2025,7 +2025,8 @@ def test_the_lines_of_the_readme(little, drawn, tmp_path, monkeypatch, capsys):
     assert run(tmp_path / "runs" / "coft-1", "--max-steps", 2) == 0
     drawn["test"][0][7].save(tmp_path / "photo.jpg", quality=100, subsampling=0)
     text = (Path(coft.__file__).parent / "README.md").read_text()
-    code, = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "coft.load" in block]
+    code, = [block for block in re.findall(r"```python\n(.*?)```", text, re.S)
+             if "coft.load" in block]
     assert len(code.splitlines()) == 5
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
@@ -2142,8 +2143,9 @@ def test_student(little, tmp_path, capsys, script):                 # section 4.
         assert learnt.keys() == start.keys() and not equal(learnt, start)
         assert model.models[0].judge.prompts.shape[-1] == 128       # of the teacher's width
         assert equal(clip.load(tmp_path / "plain.pt")[0].visual.state_dict(), learnt)
-        assert run(tmp_path / f"{name}2", "--load", tmp_path / name / "model.pt", script=script) == 0
-        rows = [(tmp_path / out / "predictions.csv").read_text() for out in (name, f"{name}2")]
+        assert run(tmp_path / "again" / name, "--load", tmp_path / name / "model.pt",
+                   script=script) == 0
+        rows = [(tmp_path / out / name / "predictions.csv").read_text() for out in ("", "again")]
         assert rows[0] == rows[1]
     assert run(tmp_path / "x", "--student", tmp_path / "resnet.pt", script=script) == 2
     assert "takes images of 64 pixels, not 32" in capsys.readouterr().err
