@@ -105,7 +105,10 @@ def main(argv=None):
             rows.setdefault(method, {})[world] = [run["accuracy"] for run in runs]
     print("| |", " | ".join(worlds), "|\n|---|" + "---|" * len(worlds))
     for method, found in rows.items():
-        print(f"| {method} |", " | ".join(cell(found.get(world, [])) for world in worlds), "|")
+        cells = [cell(found.get(world, [])) for world in worlds]
+        if method == "zero-shot":                       # the same with every seed
+            cells = [text.removesuffix(" (1)") for text in cells]
+        print(f"| {method} |", " | ".join(cells), "|")
 
 
 if __name__ == "__main__":

@@ -89,8 +89,8 @@ def main(argv=None):
     if args.glyphs:
         worlds |= {name: ["--weights", str(args.glyphs.absolute() / "glyph.pt"), "--template",
                           world[-1]] for name, world in GLYPHS.items()}
-    print("| world | classes | training images | zero-shot | after | difference |\n|---|---|---|---|"
-          "---|---|")
+    print("| world | classes | training images | zero-shot | after | difference |")
+    print("|---|---|---|---|---|---|")
     differences = []
     for name, flags in worlds.items():
         folder, out = (args.out.absolute() / kind / name.replace(" ", "_").replace(",", "")
