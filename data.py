@@ -14,7 +14,7 @@ Layouts, tried in this order (`python data.py PATH` prints which one it took):
 6. images and `--classes`    unlabelled, in sub-folders too: training and test set are the same
 
 Label firewall: `Images.view(...)`, which training reads, holds no labels. `Images.y_true` is for
-accuracy and diagnostics only."""
+accuracy and diagnostics, and where a flag asks for labels: --shots, candidate sets."""
 import argparse
 import base64
 import copy
