@@ -16,7 +16,7 @@ and a whole image encoder learns from the rest. `--recipe paper` is this, as pub
         loss = loss_cls(W v + b, y), a fresh encoder and W, b learn                     Eq. 7
     prediction = mean of the two students' softmax                                      our choice
 
-`--recipe ours`, the default, adds the five entries of the table ADDITIONS, marked (A1) ... Most is
+`--recipe ours`, the default, adds the six entries of the table ADDITIONS, marked (A1) ... Most is
 won by the first two: labels are means over many random views of an image, balanced over classes.
 
 Equation numbers are the paper's. B batch, C classes, D embedding, L context tokens, N images,
@@ -59,8 +59,10 @@ ADDITIONS = {
     "fresh":   "A3 labels, and so verdicts, anew each epoch of phase 2: train_phase",
     "ema":     "A4 moving averages of phase 2's students label and predict: train_step",
     "adam":    "A5 AdamW, rates relative to the size of words, not SGD: param_groups",
+    "part":    "A6 after a short phase 2 its encoders go only part of the way from CLIP: part_way",
 }
 VIEWS = 8           # (A1) of each image, for the first labels
+WHOLE = 300         # (A6) steps of phase 2 that take its encoders the whole way
 SETTINGS = {    # where no flag says otherwise: (tiny CLIPs, D < 512; OpenAI's models)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (6, 10), "epochs2": (4, 10)},
@@ -320,6 +322,17 @@ def train_step(job, phase, batches, y, clean):
     return {"loss": sum(losses) / 2, "skipped": int(skipped)}
 
 
+@torch.no_grad()
+def part_way(job, models, steps):
+    """(A6) Moves the models of phase 2 back towards its start, weight by weight (WiSE-FT, arXiv
+    2109.01903): in few images, and so few steps, wrong labels are learnt by heart."""
+    share = min(1.0, steps / WHOLE)
+    for me in models:
+        for v, v0 in zip(me.parameters(), FullModel(job.full, job.t0, me.judge).parameters()):
+            v.copy_(v0.lerp(v, share))
+    job.run.say(f"{steps} steps of phase 2: its encoders go {100 * share:.0f} % of the way")
+
+
 def train_phase(job, number, students, view, labels, tables):
     """The epochs of a phase, on augmented views. labels: see select_clean; tables: p and p_clean,
     (2, N, C) each, of plain or (A1) weak views. Returns the tables and the models after it."""
@@ -366,6 +379,8 @@ def train_phase(job, number, students, view, labels, tables):
                    **diagnostics(tables, lesson, judge, job.peers, images.y_true))
         run.checkpoint(parts, phase=number, epoch=epoch + 1, step=phase.step, tables=tables,
                        lesson=lesson)
+    if number == 2 and "part" in job.added:                                     # (A6)
+        part_way(job, phase.teachers, phase.step)
     return tables, phase.teachers
 
 

@@ -44,9 +44,11 @@ ADDITIONS = {
     "fresh":   "A3 labels, and so verdicts, anew each epoch of phase 2: train_phase",
     "ema":     "A4 moving averages of phase 2's students label and predict: train_step",
     "adam":    "A5 AdamW, rates relative to the size of words, not SGD: param_groups",
-    "mix":     "A6 template and sentences are averaged, and the FC layer starts there: adapt",
+    "part":    "A6 after a short phase 2 its encoders go only part of the way from CLIP: part_way",
+    "mix":     "A7 template and sentences are averaged, and the FC layer starts there: adapt",
 }
 VIEWS = 8           # (A1) of each image, for the first labels
+WHOLE = 300         # (A6) steps of phase 2 that take its encoders the whole way
 SETTINGS = {    # where no flag says otherwise: (tiny CLIPs, D < 512; OpenAI's models)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (4, 10), "epochs2": (4, 10),
@@ -342,6 +344,17 @@ def train_step(job, phase, batches, y, clean):
     return {"loss": sum(losses) / 2, "skipped": int(skipped)}
 
 
+@torch.no_grad()
+def part_way(job, models, steps):
+    """(A6) Moves the models of phase 2 back towards its start, weight by weight (WiSE-FT, arXiv
+    2109.01903): in few images, and so few steps, wrong labels are learnt by heart."""
+    share = min(1.0, steps / WHOLE)
+    for me in models:
+        for v, v0 in zip(me.parameters(), FullModel(job.full, job.t0, me.judge).parameters()):
+            v.copy_(v0.lerp(v, share))
+    job.run.say(f"{steps} steps of phase 2: its encoders go {100 * share:.0f} % of the way")
+
+
 def train_phase(job, number, round, students, view, labels, tables):
     """The epochs of a phase, on augmented views. labels: see select_clean; tables: p and p_clean,
     (2, N, C) each, of plain or (A1) weak views. Returns the tables and the models after it."""
@@ -390,6 +403,8 @@ def train_phase(job, number, round, students, view, labels, tables):
                    **diagnostics(tables, lesson, judge, job.peers, images.y_true))
         run.checkpoint(parts, phase=number, round=round, epoch=epoch + 1, step=phase.step,
                        tables=tables, labels=labels, lesson=lesson)
+    if number == 2 and "part" in job.added:                                     # (A6)
+        part_way(job, models, phase.step)
     return tables, models
 
 
@@ -560,7 +575,7 @@ def adapt(args):
     written = load_prompts(path, names) if path else [[] for _ in names]        # section 3.3.3
     run.say(f"sentences about the classes: {path or 'none'}")
     prompts = [[template.format(c) for template in dataset.templates] for c in names]
-    texts = [a + b if "mix" in added else b or a for a, b in zip(prompts, written)]     # (A6)
+    texts = [a + b if "mix" in added else b or a for a, b in zip(prompts, written)]     # (A7)
     t0 = clip.zeroshot_classifier(clip_model, texts)                            # (C, D)
     job.t0 = clip.zeroshot_classifier(job.full, texts if "mix" in added else prompts)
     zero = data.accuracy(zero_shot(job, t0, job.test), dataset.test.y_true)

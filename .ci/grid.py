@@ -37,7 +37,7 @@ DRAWN = {   # name: (style, classes, training images of the first class, of the 
     "coloured, 100": ("slanted", COLOURED, 20, 20),
     "coloured, 100, 10:1": ("narrow", COLOURED, 40, 4)}
 GLYPHS = {  # name: (folder, classes or all, first, last, template)
-    "digits, 3 and 8": ("mnist", ["3", "8"], 100, 100, "a photo of the number {}."),
+    "digits, 3 and 8": ("mnist", ["three", "eight"], 100, 100, "a photo of the number {}."),
     "digits, five each": ("mnist", None, 5, 5, "a photo of the number {}."),
     "digits, 10:1": ("mnist", None, 300, 30, "a photo of the number {}."),
     "letters, ten each": ("letters", None, 10, 10, "the letter {}"),
