@@ -49,6 +49,7 @@ from clip.model import CLIP, QuickGELU
 
 torch.set_num_threads(1)                # as the processes that tests start: the same last bits
 coft.VIEWS = coft_plus.VIEWS = 2        # in place of 8: shorter runs, in those processes too
+coft.WHOLE = coft_plus.WHOLE = 1        # in place of 300: what short runs learn counts in full
 
 
 # ======== clip/: tokens and towers ========
@@ -1150,6 +1151,22 @@ def test_full_model_is_an_fc_layer_on_a_fresh_encoder(frozen):    # Eq. (7)
     assert not any(v.requires_grad for v in model.judge.parameters())
 
 
+def test_part_way(frozen, monkeypatch, capsys):         # (A6)
+    t0, run = unit(3, 64), data.Run.__new__(data.Run)
+    job = SimpleNamespace(full=frozen, t0=t0, run=run)
+    monkeypatch.setattr(coft, "WHOLE", 300)
+    for steps, share in ((30, 0.1), (300, 1.0), (900, 1.0)):
+        model = coft.FullModel(frozen, t0, student_of(frozen))
+        start = {k: v.clone() for k, v in model.state_dict().items()}
+        for v in model.parameters():
+            v.data += torch.randn_like(v) * v.requires_grad
+        end = {k: v.clone() for k, v in model.state_dict().items()}
+        coft.part_way(job, [model], steps)
+        assert capsys.readouterr().out.strip().endswith(f"go {100 * share:.0f} % of the way")
+        for k, v in model.state_dict().items():
+            torch.testing.assert_close(v, start[k] + share * (end[k] - start[k]), msg=k)
+
+
 def gradients(frozen, student, loss):
     """Which parameters of a student of either phase this loss trains."""
     student.zero_grad()
@@ -1310,9 +1327,10 @@ def test_batches_of_clean_images():
     assert seen[0] != seen[1] and len({tuple(e.count(k) for k in (3, 7, 11)) for e in seen}) > 1
 
 
-def test_each_addition_alone(little, tmp_path):
+def test_each_addition_alone(little, tmp_path, monkeypatch):
     """Every one can be left out, alone, and does something."""
     seen = {}
+    monkeypatch.setattr(coft_plus, "WHOLE", 8)
     for name in ["", *coft_plus.ADDITIONS]:
         recipe = f"ours-{name}" if name else "ours"
         assert run(tmp_path / recipe, "--recipe", recipe, "--epochs2", 2, "--max-steps", 4,
