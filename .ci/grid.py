@@ -35,13 +35,21 @@ DRAWN = {   # name: (style, classes, training images of the first class, of the 
     "ten, 10:1": ("crowd", list(shapes.SHAPES), 200, 20),
     "coloured, 20": ("neon", [c for c in COLOURED if c.split()[0] in ("red", "blue")], 25, 25),
     "coloured, 100": ("slanted", COLOURED, 20, 20),
-    "coloured, 100, 10:1": ("narrow", COLOURED, 40, 4)}
+    "coloured, 100, 10:1": ("narrow", COLOURED, 40, 4),
+    # after A6 was settled; nothing was chosen on these six
+    "new: ten, ten each": ("quilt", list(shapes.SHAPES), 10, 10),
+    "new: ten, 20 to 4": ("turned", list(shapes.SHAPES), 20, 4),
+    "new: three": ("crowd", ["triangle", "arrow", "star"], 30, 30),
+    "new: coloured, ten": ("slanted", [c for c in COLOURED if c.split()[0] == "green"], 12, 12)}
 GLYPHS = {  # name: (folder, classes or all, first, last, template)
     "digits, 3 and 8": ("mnist", ["three", "eight"], 100, 100, "a photo of the number {}."),
     "digits, five each": ("mnist", None, 5, 5, "a photo of the number {}."),
     "digits, 10:1": ("mnist", None, 300, 30, "a photo of the number {}."),
     "letters, ten each": ("letters", None, 10, 10, "the letter {}"),
-    "letters, 10:1": ("letters", None, 50, 5, "the letter {}")}
+    "letters, 10:1": ("letters", None, 50, 5, "the letter {}"),
+    "new: digits, five": ("mnist", ["one", "two", "four", "seven", "nine"], 15, 15,
+                          "a photo of the number {}."),
+    "new: letters, a to m": ("letters", list("abcdefghijklm"), 20, 20, "the letter {}")}
 
 
 def counts(C, first, last):
