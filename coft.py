@@ -66,7 +66,7 @@ WHOLE = 300         # (A6) steps of phase 2 that take its encoders the whole way
 SETTINGS = {    # where no flag says otherwise: (tiny CLIPs, D < 512; OpenAI's models)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (6, 10), "epochs2": (4, 10)},
-    "ours": {"k": (16, 16), "ctx": (0, 0), "peft_size": (4, 20), "lam": (1.0, 1.0),
+    "ours": {"k": (0.25, 0.25), "ctx": (0, 0), "peft_size": (4, 20), "lam": (1.0, 1.0),
              "lr1": (2e-3, 2e-3), "lr2": (3e-4, 1e-5), "epochs1": (4, 4), "epochs2": (12, 12)}}
 
 # ======== equations ========
@@ -536,7 +536,7 @@ def adapt(args):
     else:
         p0 = zero_shot(job, t0, job.train)
     job.known = data.few_shot(dataset.train.y_true, args.shots, args.seed)      # (n,) section 4.4
-    K = math.ceil(args.k if args.k >= 1 else args.k * len(p0) / len(names))
+    K = math.ceil(args.k if args.k >= 1 else max(16, args.k * len(p0) / len(names)))
     y, confident = pseudo_labels(guess(p0[None], added)[0], K)                  # (N,) each
     labels = torch.stack([y, y]), torch.stack([confident, confident])           # for both students
 
@@ -567,7 +567,8 @@ def parse(argv=None):
         "prompt tokens, or bottlenecks beside the MLPs (%(default)s)")
     add("--ctx", type=int, metavar="L", help="context words of the prompts, 0: the template's; "
         "default of this and all below without one: the table SETTINGS")
-    add("--k", type=float, help="images per class to start from; below 1: as a share of N / C")
+    add("--k", type=float, help="images per class to start from; below 1: that share of N / C, "
+        "16 at least")
     add("--shots", type=int, default=0, metavar="K", help="labelled images per class, the others "
         "stay unlabelled (%(default)s)")
     add("--student", metavar="ARCH|FILE", help="another CLIP, whose image encoder phase 2 trains")

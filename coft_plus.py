@@ -53,7 +53,7 @@ SETTINGS = {    # where no flag says otherwise: (tiny CLIPs, D < 512; OpenAI's m
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (4, 10), "epochs2": (4, 10),
               "gamma": (0.1, 0.1), "rounds": (3, 3)},
-    "ours": {"k": (16, 16), "ctx": (0, 0), "peft_size": (4, 20), "lam": (1.0, 1.0),
+    "ours": {"k": (0.25, 0.25), "ctx": (0, 0), "peft_size": (4, 20), "lam": (1.0, 1.0),
              "lr1": (2e-3, 2e-3), "lr2": (3e-4, 1e-5), "epochs1": (4, 4), "epochs2": (12, 12),
              "gamma": (0.1, 0.1), "rounds": (1, 1)}}
 
@@ -587,7 +587,7 @@ def adapt(args):
     else:
         p0 = zero_shot(job, t0, job.train)
     job.known = data.few_shot(dataset.train.y_true, args.shots, args.seed)      # (n,) section 4.4
-    K = math.ceil(args.k if args.k >= 1 else args.k * len(p0) / len(names))
+    K = math.ceil(args.k if args.k >= 1 else max(16, args.k * len(p0) / len(names)))
     labels = next_labels(torch.stack([p0, p0]), K, added)                       # (2, N) each
 
     # two students, which differ in their random numbers, learn from each other
@@ -621,7 +621,8 @@ def parse(argv=None):
         "prompt tokens, or bottlenecks beside the MLPs (%(default)s)")
     add("--ctx", type=int, metavar="L", help="context words of the prompts, 0: the template's; "
         "default of this and all below without one: the table SETTINGS")
-    add("--k", type=float, help="images per class to start from; below 1: as a share of N / C")
+    add("--k", type=float, help="images per class to start from; below 1: that share of N / C, "
+        "16 at least")
     add("--prompts", metavar="FILE", help="JSON {class: [sentence, ...]}; default: ours; '': none")
     add("--rounds", type=int, metavar="R", help="of phase 1")
     add("--gamma", type=float, help="weight of the contrastive loss")

@@ -9,22 +9,26 @@ candidates. CLIP is frozen.
     l, l_hand = tau f.t(prompt), tau f.t_hand               t: texts of the classes
     c = table[i]                                            how far each candidate is believed
     pll = pll_loss(objective, l, S, c, lam)                                             Eq. 3-9
-    align = loss_weighted(l, mixed_posterior(l, l_hand, S, alpha))   alpha: 1 -> 1/2    Eq. 10, 5
-    u = information(S)                                      what the sets tell, 1 to 0  Eq. 12
-    loss = u * pll + (1 - u) * balance(pll, align) * align                              Eq. 11
+    align = loss_weighted(l, mixed_posterior(l, l_hand, S, alpha))   alpha: 1 -> 0      Eq. 10, 5
+    w = balance(pll, align)                                 both are equally large      Eq. 11
+    loss = (u * pll + (1 - u) * w * align) / (u + (1 - u) * w)
     table[i] = confidence(objective, l, S)                  only the rows of the batch  Eq. 2
+
+How much the alignment helps depends on objective and sets, from 20 points to less than nothing. So
+the sets decide: prompts are learnt from four fifths of them with u = 0, 1/2 and 1 (`TEACHERS`), and
+the run takes the u under which the last fifth is likeliest.
 
 A views of an image, B batch, C classes, D embedding, L context words, N images, W width of a word;
 S (B, C) bool candidate sets; tau = exp(logit_scale), f and t unit vectors, p = softmax(l).
 
-Run:  python prompt_align.py                                the demo, offline, some seconds
+Run:  python prompt_align.py                                the demo, offline, half a minute
       python prompt_align.py --data ./oxford_pets           OpenAI's CLIP: not measured
       python prompt_align.py --data ./photos --classes cat,dog --candidates sets.csv
 
 Decided here (the paper's text was not at hand; "released" is its authors' code):
-- alpha falls from 1 to 1/2 (to 0, large sets made the prompt forget CLIP); by u, single labels make
-  all objectives but LWS and CRDPLL supervised CoOp, full sets leave the alignment alone. --teacher
-  handcrafted is as released: alpha 1, u 1/2 (the sum, halved, so --lr means the same);
+- u, and its choice; the paper adds both losses. Sets that follow CLIP's own posterior
+  (`follow_clip`) cannot correct it: there u = 0;
+- Eq. (11) divided by u + (1 - u) w: else the steps shrink where the objective is small, as CC is;
 - w of Eq. (11) is at least `MIN_WEIGHT`; features are normalised (released aligned runs: not);
 - PRODEN, LWS and CRDPLL update c by the step's own logits, RC by the prompt after it; LWS starts at
   1/|S| in S, 1/(C - |S|) elsewhere (released: 1/C); CAVL takes the step's own argmax (its authors:
@@ -141,10 +145,18 @@ def balance(pll, align):
     return (pll.detach() / align.detach().clamp(min=1e-8)).clamp(min=MIN_WEIGHT)
 
 
-def information(S):
-    """Eq. (12), decided here: how much the sets tell, mean of 1 - log|S| / log C: 1 if they hold a
-    single label, 0 if they hold all. S (B, C) bool."""
-    return 1 - (S.sum(dim=1).float().log() / (math.log(S.shape[1]) or 1)).mean()
+def evidence(l, S):
+    """How badly logits explain sets that they were not learnt from, at the temperature that suits
+    them best, as to be sure is not to be right: mean of -log sum_{k in S} p_k. l, S (N, C)."""
+    return min(loss_cc(l / T, S).item() for T in (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 8.0))
+
+
+def follow_clip(p, S):
+    """Whether the half of the classes that CLIP finds least likely enters sets less than 3/4 as
+    often as wrong classes do on average; drawn uniformly, as often. p, S (N, C)."""
+    C, size = S.shape[1], S.sum(dim=1).double().mean()
+    unlikely = S.gather(1, p.argsort(dim=1))[:, :C // 2].double().mean()
+    return bool(unlikely < 0.75 * (size - 1) / max(1, C - 1))
 
 
 # ======== modules ========
@@ -207,8 +219,13 @@ class Contrast(nn.Module):
 # ======== training ========
 
 OBJECTIVES = ("naive", "cc", "rc", "proden", "lws", "cavl", "crdpll", "pico")
-USUAL = {"ctx": 16, "lr": 2e-3, "epochs": 100, "shots": 16}     # CoOp's, arXiv 2109.01134
-USUAL_TINY = {"ctx": 0, "lr": 0.1, "epochs": 20, "shots": 0}    # tiny: few words, a short tower
+TEACHERS = {    # (what alpha falls to, from 1; u, the weight of the objective)
+    "alone": (0.0, 0.0),            # no objective; the learnt prompt takes the teaching over
+    "mixed": (0.0, 0.5),            # half objective, half alignment
+    "none": (0.0, 1.0),             # --no-align: the objective alone
+    "handcrafted": (1.0, 0.5)}      # as released; not tried, it was never the best
+SETTINGS = {    # where no flag says otherwise: (tiny: few words, a short tower; CoOp's, 2109.01134)
+    "ctx": (0, 16), "lr": (0.1, 2e-3), "epochs": (20, 100), "shots": (0, 16)}
 
 
 @torch.no_grad()
@@ -231,12 +248,13 @@ def logits(job, prompt, f):
 
 class Learner(nn.Module):
     """What learns from candidate sets (N, C) in so many steps, and its confidences (N, C)."""
-    def __init__(self, job, objective, align, sets, steps):
+    def __init__(self, job, teacher, sets, steps):
         super().__init__()
-        self.objective, self.align, names = objective, align, job.dataset.class_names
+        objective, names = job.args.objective, job.dataset.class_names
+        self.last_alpha, self.u = TEACHERS[teacher]
         torch.manual_seed(job.args.seed)
-        self.prompt = Prompt(job.clip_model, names, job.dataset.templates[0], job.ctx)
-        groups = [{"params": self.prompt.parameters(), "lr": job.lr}]
+        self.prompt = Prompt(job.clip_model, names, job.dataset.templates[0], job.args.ctx)
+        groups = [{"params": self.prompt.parameters(), "lr": job.args.lr}]
         if objective == "pico":
             self.contrast = Contrast(job.clip_model.visual.output_dim, len(names))
             groups.append({"params": self.contrast.head.parameters(), "lr": 0.01})
@@ -269,7 +287,7 @@ def pico_step(learner, epoch, progress, f, i, l, S):
 
 def train_step(job, learner, epoch, progress, f, i):
     """One step on the features f (A, B, D) of the images i (B,). Returns what the log shows."""
-    objective, scaler, scale = learner.objective, job.scaler, job.scaler.get_scale()
+    objective, scaler, scale = job.args.objective, job.scaler, job.scaler.get_scale()
     f, i = f.to(job.device), i.to(job.device)
     S, extra = learner.sets[i], 0.0                                             # (B, C)
     l = logits(job, learner.prompt, f)                                          # (A, B, C)
@@ -278,15 +296,13 @@ def train_step(job, learner, epoch, progress, f, i):
     c = learner.table[i]                                                        # (B, C)
     loss = pll = pll_loss(objective, l, S, c, lam=min(2 * progress, 1))
     shown = {"pll": pll.detach()}
-    if learner.align:
-        alpha, u = 1 - progress / 2, information(S)
-        if job.args.teacher == "handcrafted":           # as released
-            alpha, u = 1.0, 0.5
+    if learner.u < 1:
+        alpha, u = 1 + progress * (learner.last_alpha - 1), learner.u
         l_hand = job.tau * f[0] @ job.t_hand.T                                  # (B, C)
         align = loss_weighted(l[0], mixed_posterior(l[0], l_hand, S, alpha))
         w = balance(pll, align)
-        loss = u * pll + (1 - u) * w * align
-        shown |= {"align": align.detach(), "w": w, "alpha": alpha, "u": u}
+        loss = (u * pll + (1 - u) * w * align) / (u + (1 - u) * w)
+        shown |= {"align": align.detach(), "w": w, "alpha": alpha}
     learner.optimizer.zero_grad()
     scaler.scale(loss + extra).backward()
     scaler.step(learner.optimizer)                      # left out if fp16 overflowed,
@@ -301,12 +317,13 @@ def train_step(job, learner, epoch, progress, f, i):
     return {"loss": loss.detach(), **shown, "skipped": int(scaler.get_scale() < scale)}
 
 
-def train(job, passes, sets):
-    """The epochs, each on the features (A, N, D) of one of the passes. Returns the learner."""
+def train(job, passes, sets, teacher, trial=False):
+    """The epochs, each on the features (A, N, D) of one of the passes; a trial leaves no traces in
+    the run folder. Returns the learner."""
     args, run, N, B = job.args, job.run, len(sets), min(job.args.batch_size, len(sets))
-    steps = min(job.epochs * (N // B), args.max_steps or math.inf)
+    steps = min(args.epochs * (N // B), args.max_steps or math.inf)
     first, step, epochs = 0, 0, math.ceil(steps / (N // B))
-    learner = Learner(job, args.objective, args.align, sets, steps)
+    learner = Learner(job, teacher, sets, steps)
     parts = {"learner": learner, "scaler": job.scaler, "optimizer": learner.optimizer,
              "schedule": learner.schedule}
     if run.state:                                       # --resume
@@ -320,9 +337,29 @@ def train(job, passes, sets):
             f = passes[epoch % len(passes)][:, i]                               # (A, B, D)
             run.rows.append(train_step(job, learner, epoch, step / steps, f, i))
             step += 1
-        run.report(epoch=epoch + 1, **run.means("--lr"), **scores(job, learner))
-        run.checkpoint(parts, epoch=epoch + 1, step=step)
+        means = run.means("--lr")
+        if not trial:
+            run.report(epoch=epoch + 1, **means, **scores(job, learner))
+            run.checkpoint(parts, epoch=epoch + 1, step=step, teacher=teacher)
     return learner
+
+
+def choose_teacher(job, passes, sets):
+    """The entry of TEACHERS with the best `evidence` on a fifth of the sets (N, C) if the prompt
+    learns from the others; at a draw, as where all sets are full, the first."""
+    held = torch.arange(len(sets)) % 5 == 4                                     # (N,)
+    if not held.any() or follow_clip(zero_shot(job, job.f_train), sets):
+        job.run.say("the sets follow CLIP's own posterior, or are few: they cannot correct it")
+        return "alone"
+    found, f, passes = {}, job.f_train[held].to(job.device), [p[:, ~held] for p in passes]
+    for teacher in ("alone", "mixed", "none"):
+        learner = train(job, passes, sets[~held], teacher, trial=True)
+        with torch.no_grad():
+            found[teacher] = evidence(logits(job, learner.prompt, f).cpu(), sets[held])
+    best = min(found, key=found.get)
+    job.run.say(f"teacher: {best}, by -log p of a held-out fifth of the sets: " +
+                ", ".join(f"{teacher} {value:.4f}" for teacher, value in found.items()))
+    return best
 
 
 # ======== evaluation ========
@@ -415,16 +452,11 @@ def candidate_rows(path):
         for image, cells in content.items():
             yield f"{path}: {image}", image, [str(cell) for cell in cells]
         return
-    text = data.read_text(path)
-    rows = csv.reader(text.splitlines(), strict=True, delimiter="," if "," in text else ";")
-    try:
-        for image, *cells in filter(None, rows):
-            cells = "|".join(cells).replace(";", "|").split("|")
-            if rows.line_num > 1 or "." in image:
-                yield (f"{path} line {rows.line_num}", image.strip(),
-                       [cell.strip() for cell in cells if cell.strip()])
-    except csv.Error as e:
-        raise data.DataError(f"{path} line {rows.line_num}: not a row of a CSV file: {e}") from None
+    rows = csv.reader(data.read_text(path).replace(";", ",").splitlines())
+    for image, *cells in filter(None, rows):
+        cells = [cell.strip() for cell in "|".join(cells).split("|") if cell.strip()]
+        if rows.line_num > 1 or "." in image:
+            yield f"{path} line {rows.line_num}", image.strip(), cells
 
 
 def describe_candidates(sets, y_true=None):
@@ -480,14 +512,13 @@ def finish(job, p, p0, **facts):
 def adapt(args):
     """The whole run: candidate sets, training, the files. Returns the summary."""
     made = args.supervised or args.candidates in ("uniform", "instance")    # from the labels
-    job = data.setup(args)              # run, device, dataset, clip_model, load
+    if not made and args.shots is None:
+        args.shots = 0                                  # with a FILE all images, unless asked
+    job = data.setup(args, SETTINGS)    # run, device, dataset, clip_model, load
     run, dataset, clip_model, names = job.run, job.dataset, job.clip_model, job.dataset.class_names
     job.autocast = partial(torch.autocast, job.device.type, job.amp_dtype,
                            enabled=job.amp_dtype is not None)
     job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
-    usual = USUAL_TINY if clip_model.visual.output_dim < 512 else USUAL
-    job.ctx, job.lr, job.epochs, shots = (
-        usual[name] if getattr(args, name) is None else getattr(args, name) for name in usual)
 
     job.tau = clip_model.logit_scale.exp()
     plain = data.transforms(clip_model.visual.input_resolution)[0]
@@ -506,11 +537,10 @@ def adapt(args):
 
     # the images in use and their candidate sets; CLIP's features and zero-shot posteriors
     y_true, note = dataset.train.y_true, ""             # to make candidates, and for diagnostics
-    shots = shots if made else args.shots               # with a FILE all images, unless asked
-    if y_true is None and (made or shots):
+    if y_true is None and (made or args.shots):
         raise data.DataError("no labels to make candidate sets from: give --candidates FILE")
-    if shots:
-        dataset.train = dataset.train.subset(data.few_shot(y_true, shots, args.seed))
+    if args.shots:
+        dataset.train = dataset.train.subset(data.few_shot(y_true, args.shots, args.seed))
         y_true = dataset.train.y_true                                           # (N,)
     if args.candidates == "uniform":
         sets = flip_candidates(y_true, len(names), args.q, args.seed)           # (N, C)
@@ -529,15 +559,20 @@ def adapt(args):
     weak, strong = data.augmented_views(job, lambda view: zero_shot(job, encode(job, view)[0]))
     views = {"crdpll": (weak, weak, strong), "pico": (weak, strong)}.get(args.objective, (weak,))
     passes = [encode(job, dataset.train.view(*views), epoch)                    # (A, N, D) each
-              for epoch in range(min(args.passes, job.epochs))]
-    learner = train(job, passes, sets)
+              for epoch in range(min(args.passes, args.epochs))]
+    teacher = args.teacher if args.align else "none"
+    if run.state:                                       # --resume
+        teacher = run.state["teacher"]
+    elif teacher == "evidence":
+        teacher = choose_teacher(job, passes, sets)
+    learner = train(job, passes, sets, teacher)
 
     # the results
     l_train, l_test = predict(job, learner)                                     # (N, C) each
     write_disambiguated(run.out / "disambiguated.csv", dataset.train, names, sets, l_train)
-    data.save_model(job, learner.prompt, lambda: l_test, ctx=job.ctx)
+    data.save_model(job, learner.prompt, lambda: l_test, ctx=args.ctx)
     return finish(job, l_test.softmax(dim=1), p0_test, zero_shot=zero, **scores(job, learner),
-                  candidates=about)
+                  teacher=teacher, candidates=about)
 
 
 def parse(argv=None):
@@ -546,7 +581,8 @@ def parse(argv=None):
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--objective", choices=OBJECTIVES, default="cc", help="Eq. 3-9 (%(default)s)")
     add("--align", default=True, action=switch, help="Eq. 11; without: the objective alone")
-    add("--teacher", choices=["mixed", "handcrafted"], default="mixed", help="the latter: alpha 1")
+    add("--teacher", choices=["evidence", *TEACHERS], default="evidence", help="of the alignment, "
+        "see TEACHERS; evidence: the one that a fifth of the sets is likeliest under (%(default)s)")
     add("--candidates", default="uniform", metavar="uniform|instance|FILE", help="made from the "
         "labels, all wrong ones alike or those CLIP finds likely; or your CSV or JSON")
     add("--q", type=float, default=0.5, help="chance of a wrong label to be in a set (%(default)s)")

@@ -40,7 +40,10 @@ DRAWN = {   # name: (style, classes, training images of the first class, of the 
     "new: ten, ten each": ("quilt", list(shapes.SHAPES), 10, 10),
     "new: ten, 20 to 4": ("turned", list(shapes.SHAPES), 20, 4),
     "new: three": ("crowd", ["triangle", "arrow", "star"], 30, 30),
-    "new: coloured, ten": ("slanted", [c for c in COLOURED if c.split()[0] == "green"], 12, 12)}
+    "new: coloured, ten": ("slanted", [c for c in COLOURED if c.split()[0] == "green"], 12, 12),
+    # after K was made a share of the class
+    "new: two, many": ("turned", ["square", "ring"], 700, 700),
+    "new: five, many": ("beads", ["circle", "triangle", "star", "heart", "cross"], 300, 300)}
 GLYPHS = {  # name: (folder, classes or all, first, last, template)
     "digits, 3 and 8": ("mnist", ["three", "eight"], 100, 100, "a photo of the number {}."),
     "digits, five each": ("mnist", None, 5, 5, "a photo of the number {}."),
