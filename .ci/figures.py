@@ -16,12 +16,13 @@ GREY, BLUE, INK = "#767676", "#0b5fc5", "#24292f"
 
 
 def read_table(path):
-    """-> {objective: (alone, aligned)}, each a list of (mean, std), one per q."""
+    """-> {objective: (alone, aligned)}, each a list of (mean, std), one per q; std 0 of one run."""
     table = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
         if name in NAMES and len(cells) == len(QS) and name not in table:
             pairs = [[float(v) for v in re.findall(r"[\d.]+", cell)] for cell in cells]
+            pairs = [p if len(p) == 4 else [p[0], 0.0, p[1], 0.0] for p in pairs]
             table[name] = [p[:2] for p in pairs], [p[2:] for p in pairs]
     assert set(table) == set(NAMES), f"objectives missing in {path}: {set(NAMES) - set(table)}"
     return table
@@ -72,7 +73,7 @@ def panel(i, name, alone, aligned):
             'stroke-dasharray="1.2 3"/>',
             curve(alone, GREY, 'stroke-dasharray="6 4"'), curve(aligned, BLUE, "")]
     if i == 0:
-        out += [text(PANEL_W, y_of(67), "with alignment", BLUE, "end", 'font-weight="600"'),
+        out += [text(PANEL_W, y_of(67), "aligned", BLUE, "end", 'font-weight="600"'),
                 text(x_of(0.3) - 8, y_of(46), "without", "#57606a", "start", 'font-weight="600"')]
     if column == 3:
         out += [text(PANEL_W + 6, y_of(ZERO_SHOT) - 2, "zero-shot", anchor="start"),
