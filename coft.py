@@ -42,6 +42,7 @@ import os
 import sys
 from functools import partial
 from types import SimpleNamespace
+from typing import NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")   # before torch is imported: README, "Speed"
 import torch
@@ -62,6 +63,7 @@ ADDITIONS = {
     "part":    "A6 after a short phase 2 its encoders go only part of the way from CLIP: part_way",
 }
 VIEWS = 8           # (A1) of each image, for the first labels
+TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A6) steps of phase 2 that take its encoders the whole way
 SETTINGS = {    # where no flag says otherwise: (tiny CLIPs, D < 512; OpenAI's models)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
@@ -78,23 +80,36 @@ def logits(f, t, tau):
         return tau * f @ t.T
 
 
-def posterior(f, t, tau):
-    """Eq. (1): p_k(x) = softmax_k(l_k). f (B, D), t (C, D) -> (B, C)."""
-    return logits(f, t, tau).softmax(dim=1)
+class Table(NamedTuple):
+    """What M models say of N images. Per image it holds the T = min(C, TOP) likeliest classes, the
+    others count as 0: so it grows with N, not with N C. (M, N, T) each."""
+    p: torch.Tensor             # softmax
+    p_clean: torch.Tensor       # Eq. (5)
+    index: torch.Tensor         # which class, ascending; int32
 
 
-def pseudo_labels(p0, K):
+def at(values, index, y):
+    """The values of the classes y. values, index (..., T), y (...) -> (...)."""
+    return (values * (index == y[..., None])).sum(dim=-1)
+
+
+def labels_of(p, index):
+    """argmax_k p_k. p, index (..., T) -> (...)."""
+    return index.gather(-1, p.argmax(dim=-1, keepdim=True))[..., 0].long()
+
+
+def pseudo_labels(p0, index, C, K):
     """Eq. (1), S*: y = argmax_k p0_k; confident: per class the K images with the largest p0_y. A
-    class that is nobody's argmax takes the K largest of its column. p0 (N, C) -> y (N,),
+    class that is nobody's argmax takes the K largest of its column. p0, index (N, T) -> y (N,),
     confident (N,) bool."""
-    (N, C), y = p0.shape, p0.argmax(dim=1)
-    K, confident = min(K, N), torch.zeros(N, dtype=torch.bool)
+    y = labels_of(p0, index)
     for k in set(range(C)) - set(y.tolist()):
-        y[p0[:, k].topk(K).indices] = k
-    for k in range(C):
-        top = p0[:, k].masked_fill(y != k, -1).topk(min(K, int((y == k).sum()))).indices
-        confident[top] = True
-    return y, confident
+        y[at(p0, index, torch.tensor([k])).topk(min(K, len(y))).indices] = k
+    order = at(p0, index, y).argsort(descending=True, stable=True)
+    order = order[y[order].argsort(stable=True)]        # class by class, the surest first
+    n = y.bincount(minlength=C)                                                 # (C,)
+    place = torch.arange(len(y)) - (n.cumsum(dim=0) - n)[y[order]]              # in its class
+    return y, torch.zeros(len(y), dtype=torch.bool).index_fill(0, order[place < K], True)
 
 
 def loss_cls(l_pos, y, clean):
@@ -123,11 +138,13 @@ def complementary_labels(y, C):
     return (y + torch.randint(1, max(2, C), y.shape)) % C
 
 
-def balanced(p):
+def balanced(p, index, C):
     """(A2) p_k / (mean over all images of p_k), then normalised; 20 times (Sinkhorn's iteration):
-    in sum all classes get about the same. p (N, C) -> (N, C)."""
+    in sum all classes get about the same. p, index (N, T) -> p (N, T)."""
+    index = index.long()
     for _ in range(20):
-        p = p / p.mean(dim=0, keepdim=True).clamp(min=0.01 / p.shape[1])
+        mean = torch.zeros(C).index_add_(0, index.flatten(), p.flatten()) / len(p)      # (C,)
+        p = p / mean.clamp(min=0.01 / C)[index]
         p = p / p.sum(dim=1, keepdim=True)
     return p
 
@@ -245,21 +262,23 @@ class FullModel(nn.Module):
 # ======== training ========
 
 
-def guess(p, added):
-    """The posteriors that labels are taken from: p (2, N, C) as it is; (A2) balanced."""
-    return torch.stack([balanced(q) for q in p]) if "balance" in added else p
+def guess(job, table):
+    """The posteriors that labels are taken from: p (2, N, T) as it is; (A2) balanced."""
+    if "balance" not in job.added:
+        return table.p
+    return torch.stack([balanced(p, index, len(job.dataset.class_names))
+                        for p, index in zip(table.p, table.index)])
 
 
-def select_clean(phase, p, p_clean, labels, peers):
+def select_clean(phase, p, table, labels, peers):
     """What each student is taught next: labels y (2, N) and which are clean (2, N) bool.
 
     Phase 1: `labels`, y and S*, (2, N) each, as they are. Phase 2, section 3.2.2: the student's own
-    labels of all images, as the peer lets them pass, p_clean_y > 1/2. p, p_clean (2, N, C)."""
+    labels of all images, by p (2, N, T), as the peer lets them pass, p_clean_y > 1/2."""
     if phase == 1:
         return labels
-    y = p.argmax(dim=2)                                                         # (2, N)
-    judged = [p_clean[peer].gather(1, y[me, :, None])[:, 0] for me, peer in enumerate(peers)]
-    return y, torch.stack(judged) > 0.5
+    y, peers = labels_of(p, table.index), list(peers)                           # (2, N)
+    return y, at(table.p_clean[peers], table.index[peers], y) > 0.5
 
 
 def total_loss(job, phase, l_pos, l_neg, target):
@@ -333,10 +352,10 @@ def part_way(job, models, steps):
     job.run.say(f"{steps} steps of phase 2: its encoders go {100 * share:.0f} % of the way")
 
 
-def train_phase(job, number, students, view, labels, tables):
-    """The epochs of a phase, on augmented views. labels: see select_clean; tables: p and p_clean,
-    (2, N, C) each, of plain or (A1) weak views. Returns the tables and the models after it."""
-    args, run, images = job.args, job.run, job.dataset.train
+def train_phase(job, number, students, view, labels, table):
+    """The epochs of a phase, on augmented views. labels: see select_clean; table: of plain or (A1)
+    weak views. Returns the table and the models after it."""
+    args, run, images, C = job.args, job.run, job.dataset.train, len(job.dataset.class_names)
     first = run.state["epoch"] if run.state else 0      # --resume
     loaders = [job.load(images.view(view), shuffle=True, drop_last=True, epoch=first,
                         seed=4 * args.seed + 2 * number + m) for m in range(2)]
@@ -353,9 +372,8 @@ def train_phase(job, number, students, view, labels, tables):
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(view), epoch=first, seed=4 * args.seed + number)
     for epoch in range(first, epochs):
-        p = guess(tables[0], job.added)                                         # (2, N, C)
         if lesson is None or number == 1 or "fresh" in job.added:               # (A3)
-            lesson = select_clean(number, p, tables[1], labels, job.peers)
+            lesson = select_clean(number, guess(job, table), table, labels, job.peers)
             if args.shots:                              # section 4.4: their true labels
                 lesson[0][:, job.known] = images.y_true[job.known]
                 lesson[1][:, job.known] = True
@@ -366,75 +384,88 @@ def train_phase(job, number, students, view, labels, tables):
                                  f"phase {number} epoch {epoch + 1}/{epochs}", steps - phase.step):
             run.rows.append(train_step(job, phase, batches, y, clean))
         means = run.means(f"--lr{number}")
-        p, p_clean = predict(job, phase.teachers, looks, judge)                 # (2, N, C) each
+        share = (1.0, float(judge))                     # in phase 2 p_clean stays
         if "views" in job.added:                        # (A1) means of this phase: p with the one
-            p = tables[0] + (p - tables[0]) / (epoch + 2)               # that it started from
-            p_clean = tables[1] + (p_clean - tables[1]) / (epoch + 1)
-        tables = p, p_clean if judge else tables[1]
+            share = 1 / (epoch + 2), judge / (epoch + 1)                # that it started from
+        table = predict(job, phase.teachers, looks, judge, table, share)
         y_test, p_test = job.dataset.test.y_true, None
         if y_test is not None:
-            p_test = predict(job, phase.teachers, job.test, False)[0].mean(dim=0)       # (N, C)
+            p_test = predict(job, phase.teachers, job.test, False, T=C).p.mean(dim=0)   # (N, C)
         run.report(phase=number, epoch=epoch + 1, **means,
                    accuracy=data.accuracy(p_test, y_test),
-                   **diagnostics(tables, lesson, judge, job.peers, images.y_true))
-        run.checkpoint(parts, phase=number, epoch=epoch + 1, step=phase.step, tables=tables,
+                   **diagnostics(table, lesson, judge, job.peers, images.y_true))
+        run.checkpoint(parts, phase=number, epoch=epoch + 1, step=phase.step, table=tuple(table),
                        lesson=lesson)
     if number == 2 and "part" in job.added:                                     # (A6)
         part_way(job, phase.teachers, phase.step)
-    return tables, phase.teachers
+    return table, phase.teachers
 
 
 # ======== evaluation ========
 
 
-@torch.no_grad()
+class ZeroShot:
+    """Eq. (1): CLIP with the texts t0 (C, D), called like a student."""
+    def __init__(self, t0):
+        self.t0 = t0
+
+    def texts(self, clip_model):
+        return self.t0, None
+
+    def __call__(self, clip_model, x, texts=None):
+        f = F.normalize(clip_model.encode_image(x).float(), dim=-1)             # (B, D)
+        return f, logits(f, self.t0, clip_model.logit_scale.exp()), None
+
+
 def zero_shot(job, t0, loader):
     """Eq. (1) for all images and the classifier t0 (C, D): (N, C), on the CPU."""
-    tau, p0 = job.clip_model.logit_scale.exp(), torch.zeros(loader.N, len(t0))
-    for x, i in loader:                                                         # (B, 3, R, R), (B,)
-        with job.autocast():
-            f = job.clip_model.encode_image(x)                                  # (B, D)
-        p0[i] = posterior(F.normalize(f.float(), dim=-1), t0, tau).cpu()
-    return data.all_reduce_sum(p0)
+    return predict(job, [ZeroShot(t0)], loader, False, T=len(t0)).p[0]
 
 
 @torch.no_grad()
-def predict(job, students, loader, judge=True):
-    """Both students' softmax p, and p_clean of their judges (0 without), for all images, (2, N, C)
-    each, on the CPU."""
-    judges = [getattr(me, "judge", me) for me in students]                      # phase 1: itself
+def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), T=TOP):
+    """The `Table` of all images, on the CPU: softmax, p_clean of the models' judges (1 without).
+    before: a table of them, which moves by `share` of (p, p_clean) towards the new one."""
+    judges = [getattr(me, "judge", me) for me in models]                        # phase 1: itself
     with job.autocast():
         texts = [one.texts(job.clip_model) for one in judges]                   # (C, D) each
-    p, p_clean = torch.zeros(2, 2, loader.N, len(texts[0][0]))                  # (2, N, C) each
+    M, C = len(models), len(texts[0][0])
+    p, p_clean = torch.zeros(2, M, loader.N, min(C, T))                         # (M, N, T) each
+    index = torch.zeros(p.shape, dtype=torch.int32)
     for x, i in loader:                                                         # (B, 3, R, R), (B,)
-        for m, me in enumerate(students):
+        for m, me in enumerate(models):
             with job.autocast():
                 _, l_pos, l_neg = me(job.clip_model, x, texts[m])               # (B, C) each
-                p[m, i] = l_pos.softmax(dim=1).cpu()
+                new = l_pos.softmax(dim=1).cpu()
                 if judge and me is not judges[m]:
                     _, l_pos, l_neg = judges[m](job.clip_model, x, texts[m])
-            if judge:
-                p_clean[m, i] = log_p_clean(l_pos, l_neg)[0].exp().cpu()
-    return data.all_reduce_sum(p), data.all_reduce_sum(p_clean)
+            clean = log_p_clean(l_pos, l_neg)[0].exp().cpu() if judge else torch.ones_like(new)
+            if before:
+                new, clean = (                                                  # (B, C) each
+                    torch.zeros(len(i), C).scatter(1, before.index[m, i].long(), old[m, i])
+                    .lerp(now, a) for old, now, a in zip(before, (new, clean), share))
+            best = new.topk(p.shape[2]).indices.sort().values                   # (B, T)
+            p[m, i], p_clean[m, i] = new.gather(1, best), clean.gather(1, best)
+            index[m, i] = best.int()
+    return Table(*map(data.all_reduce_sum, (p, p_clean, index)))
 
 
-def diagnostics(tables, lesson, judge, peers, y_true):
+def diagnostics(table, lesson, judge, peers, y_true):
     """How good the filter is, means over both students.
 
     Of the labels just learnt from: kept, the share that is clean; unfiltered and precision, how
     many are right of all and of the clean ones. Of those that each student would give now:
     shared_errors, how many of the first one's wrong labels the second one gives too; if p_clean is
     of now (judge), auroc of the peer's p_clean and, of the same peer and labels, auroc_softmax."""
-    (p, p_clean), (y, clean) = tables, lesson                           # (2, N, C), (2, N) each
+    y, clean = lesson                                                   # (2, N) each
     facts = {"kept": clean.double().mean()}
     if y_true is not None:                                              # diagnostics only
-        right, labels = y == y_true, p.argmax(dim=2)                    # (2, N) each
+        right, labels = y == y_true, labels_of(table.p, table.index)    # (2, N) each
         wrong = labels[0] != y_true                                     # (N,)
         facts |= {"precision": right[clean].double().mean(), "unfiltered": right.double().mean(),
                   "shared_errors": (labels[0] == labels[1])[wrong].double().mean()}
-        for key, scores in (("auroc", p_clean), ("auroc_softmax", p)) if judge else ():
-            given = [scores[peer].gather(1, labels[me, :, None])[:, 0]          # (N,) each
-                     for me, peer in enumerate(peers)]
+        for key, v in (("auroc", table.p_clean), ("auroc_softmax", table.p)) if judge else ():
+            given = at(v[list(peers)], table.index[list(peers)], labels)        # (2, N)
             each = [data.auroc(a, y == y_true) for a, y in zip(given, labels)]
             facts[key] = math.nan if None in each else sum(each) / 2
     return {k: None if math.isnan(v) else round(float(v), 4) for k, v in facts.items()}
@@ -489,11 +520,12 @@ def export(job, model, path):
 def finish(job, models, zero=None):
     """The files of the run folder. Returns the summary."""
     args, run, test, names = job.args, job.run, job.dataset.test, job.dataset.class_names
-    judge = partial(predict, job, models, job.test)
-    p, p_clean = judge() if args.load else data.save_model(     # (2, N, C) each
-        job, models, lambda: torch.stack(judge()), recipe=args.recipe, student=args.student,
+    def judge():
+        table = predict(job, models, job.test, T=len(names))
+        return torch.stack([table.p, table.p_clean]).mean(dim=1)                # (2, N, C)
+    p, p_clean = judge() if args.load else data.save_model(                     # (N, C) each
+        job, models, judge, recipe=args.recipe, student=args.student,
         light={"peft": args.peft, "peft_size": args.peft_size, "ctx": args.ctx})
-    p, p_clean = p.mean(dim=0), p_clean.mean(dim=0)                             # (N, C) each
     data.write_predictions(run.out / "predictions.csv", test.names, names, p, p_clean)
     if args.export:
         export(job, models[0], args.export)
@@ -530,29 +562,30 @@ def adapt(args):
     zero = data.accuracy(zero_shot(job, t0, job.test), dataset.test.y_true)
     data.report_zero_shot(job, zero)
     weak, _ = data.augmented_views(job, lambda view: zero_shot(job, t0, job.load(view)))
+    looks, views, table = job.train, 1, None
     if "views" in added:                                                        # (A1)
-        looks = job.load(dataset.train.view(weak), seed=args.seed)
-        p0 = sum(zero_shot(job, t0, looks) for _ in range(VIEWS)) / VIEWS       # (N, C)
-    else:
-        p0 = zero_shot(job, t0, job.train)
+        looks, views = job.load(dataset.train.view(weak), seed=args.seed), VIEWS
+    for n in range(views):
+        table = predict(job, [ZeroShot(t0)], looks, False, table, (1 / (n + 1), 1.0))
+    table = Table(*(torch.cat([v, v]) for v in table))                          # both students'
     job.known = data.few_shot(dataset.train.y_true, args.shots, args.seed)      # (n,) section 4.4
-    K = math.ceil(args.k if args.k >= 1 else max(16, args.k * len(p0) / len(names)))
-    y, confident = pseudo_labels(guess(p0[None], added)[0], K)                  # (N,) each
+    K = math.ceil(args.k if args.k >= 1 else max(16, args.k * looks.N / len(names)))
+    y, confident = pseudo_labels(guess(job, table)[0], table.index[0], len(names), K)   # (N,) each
     labels = torch.stack([y, y]), torch.stack([confident, confident])           # for both students
 
     # two students, which differ in their random numbers, learn from each other
     students = nn.ModuleList(Student(clip_model, names, dataset.templates[0], args)
                              for _ in range(2)).to(job.device)
-    tables = torch.stack([p0, p0]), torch.ones(2, *p0.shape)        # p, p_clean: (2, N, C) each
     if run.state:                                       # --resume
-        tables = run.state["tables"]
+        table = Table(*run.state["table"])
     for number in (1, 2):
         if number == 2 and not args.epochs2 or run.state and run.state["phase"] > number:
             continue
-        tables, models = train_phase(job, number, students, weak, labels, tables)
+        table, models = train_phase(job, number, students, weak, labels, table)
         if args.epochs1:                                # without, nobody judges
-            data.pseudo_label_sheet(run.out / "pseudo_labels.png", dataset.train, names,
-                                    *(table.mean(dim=0) for table in tables))
+            peer, y = job.peers[0], labels_of(guess(job, table)[0], table.index[0])     # (N,)
+            data.pseudo_label_sheet(run.out / "pseudo_labels.png", dataset.train, names, y,
+                                    at(table.p_clean[peer], table.index[peer], y))
 
     return finish(job, models, zero)
 

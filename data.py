@@ -1057,11 +1057,10 @@ def write_predictions(path, names, class_names, p, p_clean):
             table.writerow([name, class_names[k], f"{a:.4f}", f"{b:.4f}"])
 
 
-def pseudo_label_sheet(path, images, class_names, p, p_clean):
-    """pseudo_labels.png: a row for each of the first 40 classes; left the labels with the highest
-    p_clean, right the rejected ones (p_clean < 1/2), worst first. p, p_clean (N, C)."""
-    y, cell = p.argmax(dim=1), 56                                               # (N,); pixels
-    score = p_clean.gather(1, y[:, None])[:, 0]                                 # (N,)
+def pseudo_label_sheet(path, images, class_names, y, score):
+    """pseudo_labels.png: a row for each of the first 40 classes; left the labels y (N,) with the
+    highest score, p_clean (N,), right the rejected ones (p_clean <= 1/2), worst first."""
+    cell = 56                                                                   # pixels
     sheet = Image.new("RGB", (120 + 16 * cell, 18 + min(len(class_names), 40) * cell), "white")
     pen = ImageDraw.Draw(sheet)
     for x0, title, chosen, order in (

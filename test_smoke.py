@@ -230,6 +230,20 @@ def test_prompts(vit, resnet):
 
 
 @torch.no_grad()
+def test_blocks_computed_again(vit):
+    """checkpointing: the same features and gradients, prompts and adapters among them."""
+    visual, x = vit.visual, golden_images(2, vit.visual.input_resolution)
+    layers, width, found = visual.transformer.layers, visual.transformer.width, []
+    adapter = torch.nn.Linear(width, width)
+    for visual.checkpointing in (False, True):
+        prompts = torch.ones(layers, 2, width, requires_grad=True)
+        f = visual(x, prompts, [lambda site, h: adapter(h) if site == "mlp" else None] * layers)
+        found.append([f, *torch.autograd.grad(f.sum(), [prompts, adapter.weight])])
+    visual.checkpointing = False
+    for plain, again in zip(*found):
+        torch.testing.assert_close(plain, again)
+
+
 def test_adapters_equal_merged_weights(vit, resnet):
     x, blocks = golden_images(2, 32), vit.visual.transformer.resblocks
     down, up = 0.1 * torch.randn(2, 128, 4), 0.1 * torch.randn(2, 4, 384)       # LoRA, rank 4
@@ -911,9 +925,9 @@ def test_predictions_and_replacing(tmp_path):
 def test_pseudo_label_sheet(tmp_path):
     y, names = torch.arange(40) % 10, list("abcdefghij")
     images = data.Images([""] * 40, y, pictures=[Image.new("RGB", (9, 9), "red")] * 40)
-    left, right, p = (110, 18, 550, 578), (570, 18, 1010, 578), torch.eye(10)[y]
+    left, right = (110, 18, 550, 578), (570, 18, 1010, 578)
     for clean, full, empty in ((0.9, left, right), (0.1, right, left)):     # all accepted; rejected
-        data.pseudo_label_sheet(tmp_path / "x.png", images, names, p, clean * p)
+        data.pseudo_label_sheet(tmp_path / "x.png", images, names, y, torch.full((40,), clean))
         sheet = Image.open(tmp_path / "x.png").convert("L")
         assert sheet.crop(empty).getextrema() == (255, 255) > sheet.crop(full).getextrema()
 
@@ -942,8 +956,8 @@ def sigmoid(v):
 def test_eq_1_5_posterior_logits_p_clean():
     torch.manual_seed(0)
     f, t, t_neg, tau = unit(4, 8), unit(3, 8), unit(3, 8), torch.tensor(7.0)
-    p, l_pos, l_neg = coft.posterior(f, t, tau), coft.logits(f, t, tau), coft.logits(f, t_neg, tau)
-    clean, unclean = coft.log_p_clean(l_pos, l_neg)
+    l_pos, l_neg = coft.logits(f, t, tau), coft.logits(f, t_neg, tau)
+    p, (clean, unclean) = l_pos.softmax(dim=1), coft.log_p_clean(l_pos, l_neg)
     for b in range(4):
         e = [math.exp(7 * sum(f[b, d].item() * t[k, d].item() for d in range(8))) for k in range(3)]
         for k in range(3):
@@ -956,16 +970,58 @@ def test_eq_1_5_posterior_logits_p_clean():
     assert coft.log_p_clean(-far, far)[0].item() == -1000
 
 
+def all_classes(p):
+    """The index of a table that holds all classes, p (..., C)."""
+    return torch.arange(p.shape[-1], dtype=torch.int32).expand(p.shape)
+
+
 def test_eq_1_pseudo_labels():
+    def pseudo_labels(p0, K):
+        return coft.pseudo_labels(p0, all_classes(p0), p0.shape[1], K)
     p0 = torch.tensor([[.9, .1, .0], [.6, .3, .1], [.7, .1, .2], [.2, .8, .0], [.1, .7, .2],
                        [.45, .15, .4]])
-    y, confident = coft.pseudo_labels(p0, 1)            # the surest image of each class
+    y, confident = pseudo_labels(p0, 1)            # the surest image of each class
     assert y.tolist() == [0, 0, 0, 1, 1, 2]             # nobody's class 2 takes its likeliest image
     assert confident.tolist() == [True, False, False, True, False, True]
-    y, confident = coft.pseudo_labels(p0[:5, :2], 2)
+    y, confident = pseudo_labels(p0[:5, :2], 2)
     assert y.tolist() == [0, 0, 0, 1, 1] and confident.tolist() == [True, False, True, True, True]
-    assert coft.pseudo_labels(p0[:, :2], 3)[1].sum() == 5           # three of four, two of two
-    assert coft.pseudo_labels(p0, 16)[1].all()                      # fewer images than K
+    assert pseudo_labels(p0[:, :2], 3)[1].sum() == 5           # three of four, two of two
+    assert pseudo_labels(p0, 16)[1].all()                      # fewer images than K
+
+
+def test_table_of_many_classes():
+    """Of 40 classes a table holds 16 an image: what it says of these is as with all."""
+    class Model:                                        # a student that says what it is told to
+        def texts(self, clip_model):
+            return torch.zeros(C, 1), None
+
+        def __call__(self, clip_model, x, texts):
+            return None, self.says[x].log(), torch.zeros(len(x), C)
+
+    class Loader(list):
+        N = 60
+    torch.manual_seed(0)
+    N, C, model = 60, 40, Model()
+    loader, table = Loader((i, i) for i in torch.arange(N).split(25)), None
+    job = SimpleNamespace(autocast=nullcontext, clip_model=None, added={"balance"},
+                          dataset=SimpleNamespace(class_names=["x"] * C))
+    for n in range(3):                                  # a mean of three
+        model.says = (2 * torch.randn(N, C)).softmax(dim=1)
+        table = coft.predict(job, [model], loader, True, table, (1 / (n + 1), 1 / (n + 1)))
+        p = model.says if n == 0 else p + (model.says - p) / (n + 1)            # (N, C)
+        p = torch.where(p < p.topk(16).values[:, -1:], 0.0, p)
+    index = table.index[0].long()
+    assert index.shape == (N, 16) and (index.diff() > 0).all()
+    torch.testing.assert_close(torch.zeros(N, C).scatter(1, index, table.p[0]), p)
+    y = p.argmax(dim=1)
+    assert torch.equal(coft.labels_of(table.p, table.index)[0], y)
+    assert torch.equal(coft.at(table.p[0], table.index[0], y), table.p[0].max(dim=1).values)
+    assert not coft.at(table.p[0], table.index[0], p.argmin(dim=1)).any()
+    torch.testing.assert_close(torch.zeros(N, C).scatter(1, index, coft.guess(job, table)[0]),
+                               coft.balanced(p, all_classes(p), C))
+    for found, wanted in zip(coft.pseudo_labels(table.p[0], table.index[0], C, 2),
+                             coft.pseudo_labels(p, all_classes(p), C, 2)):
+        assert torch.equal(found, wanted)
 
 
 def test_eq_4_6_losses():
@@ -1003,11 +1059,16 @@ def test_balanced():
         p = [[row[k] / means[k] for k in (0, 1)] for row in p]
         p = [[v / sum(row) for v in row] for row in p]
     q = torch.tensor([[.8, .2], [.4, .6], [.7, .3]])
-    torch.testing.assert_close(coft.balanced(q), torch.tensor(p))
-    torch.testing.assert_close(coft.balanced(q).mean(dim=0), torch.tensor([.5, .5]))
-    assert torch.equal(coft.guess(q[None], {"balance"})[0], coft.balanced(q))
-    assert torch.equal(coft.guess(q[None], set())[0], q)
-    assert torch.isfinite(coft.balanced(torch.tensor([[1.0, 0.0]]))).all()
+    found = coft.balanced(q, all_classes(q), 2)
+    torch.testing.assert_close(found, torch.tensor(p))
+    torch.testing.assert_close(found.mean(dim=0), torch.tensor([.5, .5]))
+    job = SimpleNamespace(added={"balance"}, dataset=SimpleNamespace(class_names=["a", "b"]))
+    table = coft.Table(q[None], q[None], all_classes(q[None]))
+    assert torch.equal(coft.guess(job, table)[0], found)
+    job.added = set()
+    assert torch.equal(coft.guess(job, table)[0], q)
+    q = torch.tensor([[1.0, 0.0]])
+    assert torch.isfinite(coft.balanced(q, all_classes(q), 2)).all()
 
 
 def test_accuracy_and_auroc():
@@ -1028,7 +1089,8 @@ def test_diagnostics_are_plain_loops():
     p, p_clean = (torch.rand(2, 40, 3, generator=g).softmax(dim=2) for _ in range(2))
     y, y_true = torch.randint(3, (2, 40), generator=g), torch.randint(3, (40,), generator=g)
     clean = torch.rand(2, 40, generator=g) < 0.6
-    found = coft.diagnostics((p, p_clean), (y, clean), True, (1, 0), y_true)
+    table = coft.Table(p, p_clean, all_classes(p))
+    found = coft.diagnostics(table, (y, clean), True, (1, 0), y_true)
     pairs = [(m, n) for m in (0, 1) for n in range(40)]
     right = {(m, n): bool(y[m, n] == y_true[n]) for m, n in pairs}
     kept = [mn for mn in pairs if clean[mn]]
@@ -1037,18 +1099,18 @@ def test_diagnostics_are_plain_loops():
     want = {"kept": len(kept) / 80, "unfiltered": sum(right.values()) / 80,
             "precision": sum(right[mn] for mn in kept) / len(kept),
             "shared_errors": sum(bool(label[0, n] == label[1, n]) for n in wrong) / len(wrong)}
-    for key, table in (("auroc", p_clean), ("auroc_softmax", p)):      # the other one judges
+    for key, values in (("auroc", p_clean), ("auroc_softmax", p)):      # the other one judges
         each = []
         for me, peer in ((0, 1), (1, 0)):
-            score = [float(table[peer, n, label[me, n]]) for n in range(40)]
+            score = [float(values[peer, n, label[me, n]]) for n in range(40)]
             good = [score[n] for n in range(40) if label[me, n] == y_true[n]]
             bad = [score[n] for n in range(40) if label[me, n] != y_true[n]]
             each.append(sum((a > b) + (a == b) / 2 for a in good for b in bad)
                         / len(good) / len(bad))
         want[key] = sum(each) / 2
     assert found == pytest.approx(want, abs=1e-4)
-    assert coft.diagnostics((p, p_clean), (y, clean), True, (1, 0), None).keys() == {"kept"}
-    frozen_judge = coft.diagnostics((p, p_clean), (y, clean), False, (1, 0), y_true)
+    assert coft.diagnostics(table, (y, clean), True, (1, 0), None).keys() == {"kept"}
+    frozen_judge = coft.diagnostics(table, (y, clean), False, (1, 0), y_true)
     assert frozen_judge == {k: v for k, v in found.items() if "auroc" not in k}
 
 
@@ -1058,7 +1120,8 @@ def test_who_labels_and_who_judges():                   # section 3.2.2
     labels = torch.tensor([[0, 0, 1], [1, 0, 1]]), torch.tensor([[True, False, True]] * 2)
 
     def select(phase, peers=(1, 0)):
-        y, clean = coft.select_clean(phase, p, p_clean, labels, peers)
+        table = coft.Table(p, p_clean, all_classes(p))
+        y, clean = coft.select_clean(phase, p, table, labels, peers)
         return y.tolist(), clean.int().tolist()
     assert select(1) == ([[0, 0, 1], [1, 0, 1]], [[1, 0, 1]] * 2)   # no filter
     y, clean = select(2)                                # the own label, the peer's verdict

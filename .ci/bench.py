@@ -4,6 +4,8 @@
     python .ci/bench.py                                     toy size, CPU, under a minute
     python .ci/bench.py --device cuda --arch ViT-B/16 --batch-size 64 --classes 37,100,1000
     python .ci/bench.py --loader PHOTOS                     the loader against torchvision's
+    python .ci/bench.py --scale 10000,100000,1281167        the tables of so many images
+    python .ci/bench.py --estimate --amp bf16               GPU memory of phase 2, in parts
 
 Every row is timed on the script's own train_step, from uint8 pixels in (pinned) memory to the EMA
 update; decoding is left out. The baseline, `Usual`, is the same
@@ -20,7 +22,9 @@ import json
 import multiprocessing
 import statistics
 import sys
+import tempfile
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -278,10 +282,122 @@ def measure_loader(path, size=224, workers=2):
             print(f"{name:11} epoch {epoch}: {len(images) / (time.time() - start):5.0f} images/s")
 
 
+def kept(visual, B, dtype):
+    """Bytes that the backward pass of B images keeps, without weights; their casts are counted."""
+    known = {v.untyped_storage().data_ptr() for v in visual.parameters()}
+    storages = {}                                       # held, so that none takes another's place
+
+    def pack(v):
+        storages[v.untyped_storage().data_ptr()] = v.untyped_storage()
+        return v
+    x = torch.randn(B, 3, *2 * [visual.input_resolution])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda v: v), torch.autocast(
+            "cpu", dtype, enabled=dtype is not None):
+        visual(x)
+    return sum(v.nbytes() for at, v in storages.items() if at not in known)
+
+
+def estimate(arch, B, dtype):
+    """Prints GB of phase 2: CLIP; of both students weights, gradients, Adam's two means and the EMA
+    copy; what the backward pass of one student's B images keeps, of one block more if the others
+    are computed again."""
+    e, r, vl, vw, p, length, words, tw, th, tl = ARCHS[arch]
+    model, GB = clip.CLIP(e, r, vl, vw, p, length, words, tw, th, tl), 2**30
+    visual, found = model.visual, {}
+    weights, tower = (sum(v.numel() for v in part.parameters()) for part in (model, visual))
+    for visual.checkpointing in (False, True):
+        one, three = kept(visual, 1, dtype), kept(visual, 3, dtype)
+        image = (three - one) / 2
+        found[visual.checkpointing] = one - image + B * image       # casts once
+    more = found[False] / vl
+    for again, gb in ((False, found[False]), (True, found[True] + more)):
+        parts = [4 * weights / GB, 2 * 5 * 4 * tower / GB, gb / GB]
+        print(f"| {arch} | {B} | {'yes' if again else 'no'} | "
+              f"{' | '.join(f'{v:.2f}' for v in [*parts, sum(parts)])} |", flush=True)
+
+
+class MadeUp:
+    """A student whose logits of C classes are random numbers, class i % C of image i raised."""
+    def __init__(self, C):
+        self.C = C
+
+    def texts(self, clip_model):
+        return torch.zeros(self.C, 1), None
+
+    def __call__(self, clip_model, i, texts):
+        l_pos, l_neg = 2 * torch.randn(2, len(i), self.C)                           # (B, C) each
+        return None, l_pos.scatter_add_(1, i[:, None] % self.C, torch.full((len(i), 1), 7.0)), l_neg
+
+
+class Batches:
+    """Numbers of N images in the place of their pixels."""
+    def __init__(self, N):
+        self.N = N
+
+    def __iter__(self):
+        return ((i, i) for i in torch.arange(self.N).split(512))
+
+
+def one_round(N, C, top, threads, queue):
+    """In a process of its own: coft.py's work on its tables in an epoch of phase 2, without CLIP."""
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    coft.TOP, names, seconds, mark = top, [f"class {k}" for k in range(C)], {}, time.time()
+    predict = partial(coft.predict, SimpleNamespace(autocast=nullcontext, clip_model=None), T=top)
+    job = SimpleNamespace(added={"balance"}, dataset=SimpleNamespace(class_names=names))
+
+    def lap(what):
+        nonlocal mark
+        seconds[what], mark = time.time() - mark, time.time()
+    table = predict([MadeUp(C)], Batches(N), False)
+    table = coft.Table(*(torch.cat([v, v]) for v in table))
+    mark = time.time()
+    table = predict([MadeUp(C), MadeUp(C)], Batches(N), True, table, (0.5, 1.0))
+    lap("posteriors")
+    p = coft.guess(job, table)
+    lap("balance")
+    coft.pseudo_labels(p[0], table.index[0], C, 16)
+    lap("S*")
+    lesson = coft.select_clean(2, p, table, None, (1, 0))
+    coft.diagnostics(table, lesson, True, (1, 0), torch.arange(N) % C)
+    coft.complementary_labels(lesson[0], C)
+    lap("verdicts")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"table": tuple(table), "lesson": lesson}, f"{folder}/last.pt")
+        lap("last.pt")
+        size = Path(folder, "last.pt").stat().st_size / 2**30
+        for i in torch.arange(N).split(20_000):         # of dense rows, as of a test set
+            dense = [torch.zeros(len(i), C).scatter(1, table.index[0, i].long(), v[0, i])
+                     for v in (table.p, table.p_clean)]                             # (n, C) each
+            data.write_predictions(f"{folder}/predictions.csv", [f"{n}.jpg" for n in i.tolist()],
+                                   names, *dense)
+        lap("predictions.csv")
+    queue.put((data.peak_memory_gb(), size, seconds))
+
+
+def measure_scale(numbers, C, threads):
+    """Prints time and memory of `one_round` with tables of 16 classes an image and, up to 100,000
+    images, of all C."""
+    context = multiprocessing.get_context("spawn")
+    print("| images | classes held | peak GB | last.pt GB | seconds | posteriors | balance | S* | "
+          "verdicts | last.pt | predictions.csv |\n|" + 11 * "---|", flush=True)
+    for N, top in ((N, top) for N in numbers for top in (16, C) if top == 16 or N <= 100_000):
+        queue = context.Queue()
+        child = context.Process(target=one_round, args=(N, C, top, threads, queue))
+        child.start()
+        gb, size, seconds = queue.get()
+        child.join()
+        print(f"| {N:,} | {top} | {gb:.2f} | {size:.2f} | {sum(seconds.values()):.1f} |",
+              " | ".join(f"{v:.1f}" for v in seconds.values()), "|", flush=True)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Speed and memory of the training steps.")
     add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
     add("--loader", metavar="PATH", help="measure the loader on these images, nothing else")
+    add("--estimate", default=False, help="memory of phase 2 on a GPU, nothing else", **switch)
+    add("--scale", metavar="N,N,...", help="measure the tables of so many images and 1,000 "
+        "classes, nothing else")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to measure")
     add("--arch", choices=ARCHS, default="toy", help="shape of the model; its weights are random")
     add("--batch-size", type=int, default=32, help="images per step and model")
@@ -298,8 +414,15 @@ def main(argv=None):
     add("--out", metavar="FILE", help="also write the table there, as JSON lines")
     args = parser.parse_args(argv)
     if args.loader:
-        measure_loader(args.loader)
-        return
+        return measure_loader(args.loader)
+    if args.scale:
+        return measure_scale(list(map(int, args.scale.split(","))), 1000, args.threads)
+    if args.estimate:
+        print("| arch | images | blocks computed again | CLIP, GB | students and optimiser | "
+              "activations | sum |\n|" + 7 * "---|")
+        for arch in ARCHS:
+            estimate(arch, args.batch_size, {"bf16": torch.bfloat16}.get(args.amp))
+        return None
     chip = (torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else
             f"CPU with {args.threads} threads")
     about = dict(torch=torch.__version__, chip=chip, **vars(args))

@@ -40,10 +40,10 @@ def softmax(argv):
     import coft
     select_clean = coft.select_clean
 
-    def select_sure(phase, p, p_clean, labels, peers):
-        y, clean = select_clean(phase, p, p_clean, labels, peers)               # (2, N) each
+    def select_sure(phase, p, table, labels, peers):
+        y, clean = select_clean(phase, p, table, labels, peers)                 # (2, N) each
         for me, peer in enumerate(peers if phase == 2 else ()):
-            sure = p[peer].gather(1, y[me, :, None])[:, 0]                      # (N,)
+            sure = coft.at(p[peer], table.index[peer], y[me])                   # (N,)
             best = sure.topk(int(clean[me].sum())).indices
             clean[me] = False
             clean[me, best] = True
