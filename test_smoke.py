@@ -229,7 +229,6 @@ def test_prompts(vit, resnet):
             model.encode_image(golden_images(1, size), prompts=tokens)
 
 
-@torch.no_grad()
 def test_blocks_computed_again(vit):
     """checkpointing: the same features and gradients, prompts and adapters among them."""
     visual, x = vit.visual, golden_images(2, vit.visual.input_resolution)
@@ -244,6 +243,7 @@ def test_blocks_computed_again(vit):
         torch.testing.assert_close(plain, again)
 
 
+@torch.no_grad()
 def test_adapters_equal_merged_weights(vit, resnet):
     x, blocks = golden_images(2, 32), vit.visual.transformer.resblocks
     down, up = 0.1 * torch.randn(2, 128, 4), 0.1 * torch.randn(2, 4, 384)       # LoRA, rank 4
