@@ -10,13 +10,12 @@ candidates. CLIP is frozen.
     c = table[i]                                            how far each candidate is believed
     pll = pll_loss(objective, l, S, c, lam)                                             Eq. 3-9
     align = loss_weighted(l, mixed_posterior(l, l_hand, S, alpha))   alpha: 1 -> 0      Eq. 10, 5
-    w = balance(pll, align)                                 both are equally large      Eq. 11
-    loss = (u * pll + (1 - u) * w * align) / (u + (1 - u) * w)
+    loss = pll + balance(pll, align) * align                both are equally large      Eq. 11
     table[i] = confidence(objective, l, S)                  only the rows of the batch  Eq. 2
 
-How much the alignment helps depends on objective and sets, from 20 points to less than nothing. So
-the sets decide: prompts are learnt from four fifths of them with u = 0, 1/2 and 1 (`TEACHERS`), and
-the run takes the u under which the last fifth is likeliest.
+How much the alignment helps depends on objective and sets, from 30 points to less than nothing. So
+by default the sum of Eq. 11 is one of logits, not of losses: one prompt learns from `align`, one
+from `pll`, and their weights are those under which a held-out fifth of the sets is likeliest.
 
 A views of an image, B batch, C classes, D embedding, L context words, N images, W width of a word;
 S (B, C) bool candidate sets; tau = exp(logit_scale), f and t unit vectors, p = softmax(l).
@@ -26,9 +25,9 @@ Run:  python prompt_align.py                                the demo, offline, h
       python prompt_align.py --data ./photos --classes cat,dog --candidates sets.csv
 
 Decided here (the paper's text was not at hand; "released" is its authors' code):
-- u, and its choice; the paper adds both losses. Sets that follow CLIP's own posterior
-  (`follow_clip`) cannot correct it: there u = 0;
-- Eq. (11) divided by u + (1 - u) w: else the steps shrink where the objective is small, as CC is;
+- two prompts instead of Eq. (11), which `--teacher dynamic` and `handcrafted` (alpha = 1, as
+  released) have. Sets that follow CLIP's own posterior (`follow_clip`) cannot correct it: there the
+  aligned prompt stays alone;
 - w of Eq. (11) is at least `MIN_WEIGHT`; features are normalised (released aligned runs: not);
 - PRODEN, LWS and CRDPLL update c by the step's own logits, RC by the prompt after it; LWS starts at
   1/|S| in S, 1/(C - |S|) elsewhere (released: 1/C); CAVL takes the step's own argmax (its authors:
@@ -38,6 +37,7 @@ Decided here (the paper's text was not at hand; "released" is its authors' code)
 import argparse
 import copy
 import csv
+import itertools
 import math
 import os
 import sys
@@ -150,11 +150,14 @@ def balance(pll, align):
     return (pll.detach() / align.detach().clamp(min=1e-8)).clamp(min=MIN_WEIGHT)
 
 
-def evidence(l, S):
-    """How well logits explain sets that they were not learnt from: log sum_{k in S} p_k, at the
-    temperature that suits them best, as to be sure is not to be right. l, S (N, C) -> (N,)."""
-    return max((log_inside(l / T, S) for T in (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 8.0)),
-               key=lambda log_p: float(log_p.sum()))
+SCALES = (1.0, 0.25, 0.35, 0.5, 0.7, 1.4, 2.0)      # also against logits that are too sure
+
+
+def pool(l_align, l_pll, S):
+    """The weights (a, b) for which a l_align + b l_pll explains sets that it was not learnt from
+    best: the mean of log sum_{k in S} p_k is largest. (1, 0) at a draw. l, S (N, C)."""
+    return max(itertools.product(SCALES, (0.0, *SCALES)), key=lambda w: float(
+        log_inside(w[0] * l_align + w[1] * l_pll, S).mean()))
 
 
 def follow_clip(p, S):
@@ -197,6 +200,18 @@ class Prompt(nn.Module):
         return F.normalize(t, dim=-1)
 
 
+class Prompts(nn.Module):
+    """Prompts that make one classifier, t_k = sum_m weight_m t_mk: the logits add up so, too."""
+    def __init__(self, clip_model, class_names, template, L, weights):
+        super().__init__()
+        self.each = nn.ModuleList(Prompt(clip_model, class_names, template, L) for _ in weights)
+        self.register_buffer("weights", torch.tensor(weights))                  # (M,)
+
+    def forward(self, clip_model):
+        """-> t (C, D)."""
+        return sum(w * prompt(clip_model) for w, prompt in zip(self.weights, self.each))
+
+
 class Contrast(nn.Module):
     """PiCO's second space: a head and its slow copy, a queue of keys, a prototype per class. With
     CLIP frozen, the contrastive loss trains the head alone; the prototypes choose among the
@@ -225,11 +240,8 @@ class Contrast(nn.Module):
 # ======== training ========
 
 OBJECTIVES = ("naive", "cc", "rc", "proden", "lws", "cavl", "crdpll", "pico")
-TEACHERS = {    # (what alpha falls to, from 1; u, the weight of the objective)
-    "alone": (0.0, 0.0),            # no objective; the learnt prompt takes the teaching over
-    "mixed": (0.0, 0.5),            # half objective, half alignment
-    "none": (0.0, 1.0),             # --no-align: the objective alone
-    "handcrafted": (1.0, 0.5)}      # as released; not tried, it was never the best
+TEACHERS = {    # what alpha falls to, from 1: at the end the learnt prompt teaches itself, or not
+    "evidence": 0.0, "dynamic": 0.0, "handcrafted": 1.0}
 SETTINGS = {    # where no flag says otherwise: (tiny: few words, a short tower; CoOp's, 2109.01134)
     "ctx": (0, 16), "lr": (0.1, 2e-3), "epochs": (20, 100), "shots": (0, 16)}
 
@@ -245,22 +257,24 @@ def encode(job, view, epoch=0):
     return data.all_reduce_sum(f)
 
 
-def logits(job, prompt, f):
-    """l = tau f.t(prompt), in fp32 whatever the precision of CLIP's. f (..., D) -> (..., C)."""
+def logits(job, prompts, f):
+    """l = tau f.t of a `Prompt` or of `Prompts`, in fp32 whatever the precision of CLIP's.
+    f (..., D) -> (..., C)."""
     with job.autocast():
-        t = prompt(job.clip_model)                                              # (C, D)
+        t = prompts(job.clip_model)                                             # (C, D)
     return job.tau * f @ t.float().T
 
 
 class Learner(nn.Module):
-    """What learns from candidate sets (N, C) in so many steps, and its confidences (N, C)."""
-    def __init__(self, job, teacher, sets, steps):
+    """What learns from candidate sets (N, C) in so many steps, and its confidences (N, C). weights:
+    of an aligned prompt and one of the objective, or of one that is both."""
+    def __init__(self, job, sets, steps, weights):
         super().__init__()
         objective, names = job.args.objective, job.dataset.class_names
-        self.last_alpha, self.u = TEACHERS[teacher]
         torch.manual_seed(job.args.seed)
-        self.prompt = Prompt(job.clip_model, names, job.dataset.templates[0], job.args.ctx)
-        groups = [{"params": self.prompt.parameters(), "lr": job.args.lr}]
+        self.prompts = Prompts(job.clip_model, names, job.dataset.templates[0], job.args.ctx,
+                               weights)
+        groups = [{"params": self.prompts.parameters(), "lr": job.args.lr}]
         if objective == "pico":
             self.contrast = Contrast(job.clip_model.visual.output_dim, len(names))
             groups.append({"params": self.contrast.head.parameters(), "lr": 0.01})
@@ -296,18 +310,19 @@ def train_step(job, learner, epoch, progress, f, i):
     objective, scaler, scale = job.args.objective, job.scaler, job.scaler.get_scale()
     f, i = f.to(job.device), i.to(job.device)
     S, extra = learner.sets[i], 0.0                                             # (B, C)
-    l = logits(job, learner.prompt, f)                                          # (A, B, C)
+    each = [logits(job, prompt, f) for prompt in learner.prompts.each]          # (A, B, C) each
+    l_align, l = each[0], each[-1]                      # the same if one prompt is both
     if objective == "pico":
         extra = pico_step(learner, epoch, progress, f, i, l, S)
     c = learner.table[i]                                                        # (B, C)
     loss = pll = pll_loss(objective, l, S, c, lam=min(2 * progress, 1))
     shown = {"pll": pll.detach()}
-    if learner.u < 1:
-        alpha, u = 1 + progress * (learner.last_alpha - 1), learner.u
+    if job.args.align:
+        alpha = 1 + progress * (TEACHERS[job.args.teacher] - 1)
         l_hand = job.tau * f[0] @ job.t_hand.T                                  # (B, C)
-        align = loss_weighted(l[0], mixed_posterior(l[0], l_hand, S, alpha))
-        w = balance(pll, align)
-        loss = (u * pll + (1 - u) * w * align) / (u + (1 - u) * w)
+        align = loss_weighted(l_align[0], mixed_posterior(l_align[0], l_hand, S, alpha))
+        w = balance(pll, align) if len(each) == 1 else 1.0
+        loss = pll + w * align
         shown |= {"align": align.detach(), "w": w, "alpha": alpha}
     learner.optimizer.zero_grad()
     scaler.scale(loss + extra).backward()
@@ -317,19 +332,19 @@ def train_step(job, learner, epoch, progress, f, i):
 
     if objective == "rc":                               # RC asks the prompt after the step
         with torch.no_grad():
-            l = logits(job, learner.prompt, f)                                  # (A, B, C)
+            l = logits(job, learner.prompts.each[-1], f)                        # (A, B, C)
     if objective in ("rc", "proden", "lws", "crdpll"):
         learner.table[i] = confidence(objective, l, S)
     return {"loss": loss.detach(), **shown, "skipped": int(scaler.get_scale() < scale)}
 
 
-def train(job, passes, sets, teacher, trial=False):
+def train(job, passes, sets, weights, trial=False):
     """The epochs, each on the features (A, N, D) of one of the passes; a trial leaves no traces in
-    the run folder. Returns the learner."""
+    the run folder. weights: see Learner, which it returns."""
     args, run, N, B = job.args, job.run, len(sets), min(job.args.batch_size, len(sets))
     steps = min(args.epochs * (N // B), args.max_steps or math.inf)
     first, step, epochs = 0, 0, math.ceil(steps / (N // B))
-    learner = Learner(job, teacher, sets, steps)
+    learner = Learner(job, sets, steps, weights)
     parts = {"learner": learner, "scaler": job.scaler, "optimizer": learner.optimizer,
              "schedule": learner.schedule}
     if run.state:                                       # --resume
@@ -346,28 +361,25 @@ def train(job, passes, sets, teacher, trial=False):
         means = run.means("--lr")
         if not trial:
             run.report(epoch=epoch + 1, **means, **scores(job, learner))
-            run.checkpoint(parts, epoch=epoch + 1, step=step, teacher=teacher)
+            run.checkpoint(parts, epoch=epoch + 1, step=step)
     return learner
 
 
-def choose_teacher(job, passes, sets):
-    """The first of three TEACHERS, unless a fifth of the sets (N, C) has by more than a standard
-    error better `evidence` for another one, if the prompt learns from the other four fifths."""
-    held, found, best = torch.arange(len(sets)) % 5 == 4, {}, "alone"           # (N,)
+def choose_weights(job, passes, sets):
+    """The weights of an aligned prompt and one of the objective, which learn from four fifths of
+    the sets (N, C), under which the last fifth is likeliest."""
+    held = torch.arange(len(sets)) % 5 == 4                                     # (N,)
     if not held.any() or follow_clip(zero_shot(job, job.f_train), sets):
         job.run.say("the sets follow CLIP's own posterior, or are few: they cannot correct it")
-        return best
-    passes, f = [p[:, ~held] for p in passes], job.f_train[held].to(job.device)
-    for teacher in ("alone", "mixed", "none"):
-        learner = train(job, passes, sets[~held], teacher, trial=True)
-        with torch.no_grad():
-            found[teacher] = evidence(logits(job, learner.prompt, f).cpu(), sets[held])     # (n,)
-        gain = found[teacher] - found[best]                                                 # (n,)
-        if gain.mean() > gain.std() / math.sqrt(len(gain)):
-            best = teacher
-    job.run.say(f"teacher: {best}; log p of a held-out fifth of the sets: " + ", ".join(
-        f"{teacher} {log_p.mean():.4f}" for teacher, log_p in found.items()))
-    return best
+        return [1.0, 0.0]
+    learner = train(job, [f[:, ~held] for f in passes], sets[~held], [1.0, 1.0], trial=True)
+    with torch.no_grad():
+        l = [logits(job, prompt, job.f_train[held].to(job.device)).cpu()        # (n, C) each
+             for prompt in learner.prompts.each]
+    weights = pool(*l, sets[held])
+    job.run.say("weights {} of alignment, {} of the objective, by a held-out fifth of the sets"
+                .format(*weights))
+    return weights
 
 
 # ======== evaluation ========
@@ -381,7 +393,8 @@ def zero_shot(job, f):
 @torch.no_grad()
 def predict(job, learner):
     """Logits of the training and the test images, (N, C) each, on the CPU."""
-    return [logits(job, learner.prompt, f.to(job.device)).cpu() for f in (job.f_train, job.f_test)]
+    return [logits(job, learner.prompts, f.to(job.device)).cpu()
+            for f in (job.f_train, job.f_test)]
 
 
 def scores(job, learner):
@@ -487,9 +500,10 @@ class Adapted(nn.Module):
         super().__init__()
         self.class_names, self.preprocess = saved["class_names"], preprocess
         self.clip_model = clip_model.requires_grad_(False)
-        prompt = Prompt(clip_model, self.class_names, saved["templates"][0], saved["ctx"])
-        prompt.load_state_dict(saved["models"])
-        self.t = prompt.to(clip_model.logit_scale.device)(clip_model).detach()  # (C, D)
+        prompts = Prompts(clip_model, self.class_names, saved["templates"][0], saved["ctx"],
+                          saved["models"]["weights"].tolist())
+        prompts.load_state_dict(saved["models"])
+        self.t = prompts.to(clip_model.logit_scale.device)(clip_model).detach()     # (C, D)
 
     def forward(self, x):
         f = F.normalize(self.clip_model.encode_image(x), dim=-1)                # (B, D)
@@ -568,19 +582,17 @@ def adapt(args):
     views = {"crdpll": (weak, weak, strong), "pico": (weak, strong)}.get(args.objective, (weak,))
     passes = [encode(job, dataset.train.view(*views), epoch)                    # (A, N, D) each
               for epoch in range(min(args.passes, args.epochs))]
-    teacher = args.teacher if args.align else "none"
-    if run.state:                                       # --resume
-        teacher = run.state["teacher"]
-    elif teacher == "evidence":
-        teacher = choose_teacher(job, passes, sets)
-    learner = train(job, passes, sets, teacher)
+    weights = [1.0, 0.0] if args.align and args.teacher == "evidence" else [1.0]
+    if len(weights) == 2 and not run.state:             # --resume has them
+        weights = choose_weights(job, passes, sets)
+    learner = train(job, passes, sets, weights)
 
     # the results
     l_train, l_test = predict(job, learner)                                     # (N, C) each
     write_disambiguated(run.out / "disambiguated.csv", dataset.train, names, sets, l_train)
-    data.save_model(job, learner.prompt, lambda: l_test, ctx=args.ctx)
+    data.save_model(job, learner.prompts, lambda: l_test, ctx=args.ctx)
     return finish(job, l_test.softmax(dim=1), p0_test, zero_shot=zero, **scores(job, learner),
-                  teacher=teacher, candidates=about)
+                  weights=learner.prompts.weights.tolist(), candidates=about)
 
 
 def parse(argv=None):
@@ -589,8 +601,8 @@ def parse(argv=None):
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--objective", choices=OBJECTIVES, default="cc", help="Eq. 3-9 (%(default)s)")
     add("--align", default=True, action=switch, help="Eq. 11; without: the objective alone")
-    add("--teacher", choices=["evidence", *TEACHERS], default="evidence", help="of the alignment, "
-        "see TEACHERS; evidence: the one that a fifth of the sets is likeliest under (%(default)s)")
+    add("--teacher", choices=TEACHERS, default="evidence", help="two prompts, weighed by a held-out "
+        "fifth of the sets; or Eq. 11, alpha falling or as released (%(default)s)")
     add("--candidates", default="uniform", metavar="uniform|instance|FILE", help="made from the "
         "labels, all wrong ones alike or those CLIP finds likely; or your CSV or JSON")
     add("--q", type=float, default=0.5, help="chance of a wrong label to be in a set (%(default)s)")

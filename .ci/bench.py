@@ -134,7 +134,8 @@ def a_job(o, **flags):
     dataset = SimpleNamespace(train=range(4 * o.B), class_names=o.names, templates=[TEMPLATE])
     return SimpleNamespace(
         args=SimpleNamespace(batch_size=o.B, lr1=2e-3, lr2=1e-5, lam=1.0, gamma=1.0, seed=0, ctx=0,
-                             peft="vpt", peft_size=4, objective="cc", lr=2e-3, **flags),
+                             peft="vpt", peft_size=4, objective="cc", lr=2e-3, align=True,
+                             teacher="evidence", **flags),
         device=o.device, clip_model=o.model, dataset=dataset, autocast=o.autocast, scaler=o.scaler,
         added=set(coft_plus.ADDITIONS), peers=(1, 0), tau=o.model.logit_scale.exp())
 
@@ -163,7 +164,7 @@ def prompts(o):
     job.args.ctx = 16
     job.t_hand = F.normalize(torch.randn(o.C, D, device=o.device), dim=1)           # (C, D)
     sets = torch.rand(4 * o.B, o.C) > 0.5                                           # (N, C)
-    learner = prompt_align.Learner(job, "mixed", sets, 1000)
+    learner = prompt_align.Learner(job, sets, 1000, [1.0, 0.0])
     f = F.normalize(torch.randn(1, 4 * o.B, D), dim=-1)                             # (1, N, D)
 
     def step():
