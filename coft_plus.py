@@ -476,6 +476,27 @@ def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), T=TO
     return Table(*map(data.all_reduce_sum, (p, p_clean, index)))
 
 
+def load_prompts(path, class_names):
+    """Section 3.3.3: C lists of sentences from a JSON file {class name: [sentence, ...]}, whose
+    names may differ in case, punctuation and the order of their words. A class without sentences
+    has an empty list, and a warning names it. Raises DataError."""
+    def words(name):
+        return sorted(data.plain_name(name).split())
+    table = data.read_json(path)
+    if not isinstance(table, dict) or not all(isinstance(texts, list) for texts in table.values()):
+        raise data.DataError(f'{path}: expected {{"class name": ["sentence", ...], ...}}')
+    sentences = [table.get(c) or next((texts for key, texts in table.items()
+                                       if words(key) == words(c)), []) for c in class_names]
+    missing = [c for c, texts in zip(class_names, sentences) if not texts]
+    says = (f"{path} has no sentences for {len(missing)} of {len(class_names)} classes: "
+            f"{', '.join(missing[:9])}")
+    if len(missing) == len(class_names):
+        raise data.DataError(f"{says}; its keys: {', '.join(list(table)[:9])}")
+    if missing:
+        print(f"warning: {says}; they get the template", file=sys.stderr)
+    return sentences
+
+
 def diagnostics(table, lesson, judge, peers, y_true):
     """How good the filter is, means over both students.
 

@@ -9,6 +9,7 @@ import hashlib
 import http.server
 import inspect
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -1781,19 +1782,20 @@ def random_features():
     return f, torch.randperm(12, generator=rng)[:8], torch.randint(10, (12,), generator=rng)
 
 
-def job_of(model, objective):
+def job_of(model, objective, teacher="dynamic", align=True):
     """What train_step needs, as `adapt` makes it."""
     return SimpleNamespace(
-        args=SimpleNamespace(seed=0, objective=objective, ctx=4, lr=0.1), clip_model=model,
+        args=SimpleNamespace(seed=0, objective=objective, ctx=4, lr=0.1, teacher=teacher,
+                             align=align), clip_model=model,
         device=torch.device("cpu"), dataset=SimpleNamespace(
             class_names=list(shapes.SHAPES), templates=[TEMPLATE]), autocast=nullcontext,
         scaler=torch.amp.GradScaler("cpu", enabled=False), tau=model.logit_scale.exp(),
         t_hand=clip.zeroshot_classifier(model, [[TEMPLATE.format(c)] for c in shapes.SHAPES]))
 
 
-def one_step(job, teacher, S, f, i, progress=0.0):
+def one_step(job, S, f, i, progress=0.0):
     """train_step of a fresh learner: (the learner, what the log shows)."""
-    learner = pa.Learner(job, teacher, S, steps=10)
+    learner = pa.Learner(job, S, 10, [1.0, 0.0] if job.args.teacher == "evidence" else [1.0])
     return learner, pa.train_step(job, learner, 1, progress, f, i)
 
 
@@ -1801,40 +1803,53 @@ def test_align_no_ambiguity_is_coop(tiny, random_features):
     f, i, y = random_features
     S = F.one_hot(y, 10).bool()
     torch.manual_seed(0)
-    prompt = pa.Prompt(tiny, shapes.SHAPES, TEMPLATE, 4)
-    F.cross_entropy(tiny.logit_scale.exp() * f[0] @ prompt(tiny).T, y[i]).backward()
+    start = pa.Prompts(tiny, shapes.SHAPES, TEMPLATE, 4, [1.0, 0.0]).each
+    for prompt in start:
+        F.cross_entropy(tiny.logit_scale.exp() * f[0] @ prompt(tiny).T, y[i]).backward()
     for objective in ("naive", "cc", "rc", "proden", "cavl", "pico"):   # not LWS and CRDPLL
-        for teacher in pa.TEACHERS:
-            learner, shown = one_step(job_of(tiny, objective), teacher, S, f, i, 0.3)
-            torch.testing.assert_close(learner.prompt.ctx.grad, prompt.ctx.grad, atol=1e-6,
-                                       rtol=1e-4)
-            assert float(shown.get("w", 1)) == pytest.approx(1, abs=1e-5)
+        for teacher, times in {"evidence": 1, "dynamic": 2, "handcrafted": 2}.items():  # two losses
+            learner, shown = one_step(job_of(tiny, objective, teacher), S, f, i, 0.3)
+            for mine, prompt in zip(learner.prompts.each, start):
+                torch.testing.assert_close(mine.ctx.grad, times * prompt.ctx.grad, atol=2e-6,
+                                           rtol=1e-4)
+            assert float(shown["w"]) == pytest.approx(1, abs=1e-5)
 
 
 def test_align_total_loss(tiny, random_features):       # Eq. (10), (11)
     f, i, y = random_features
-    S, job = pa.flip_candidates(y, 10, 0.5, 0), job_of(tiny, "cc")
-    for teacher, (last, u) in pa.TEACHERS.items():
-        learner, shown = one_step(job, teacher, S, f, i, progress=0.4)
-        fresh = pa.Learner(job, teacher, S, steps=10)
-        l, hand = (job.tau * f[0] @ t.T for t in (fresh.prompt(tiny), job.t_hand))
-        pll, alpha = pa.loss_cc(l, S[i]), 1 - 0.4 * (1 - last)
-        align = pa.loss_weighted(l, pa.mixed_posterior(l, hand, S[i], alpha))
-        w = (pll / align).detach()
-        want = (u * pll + (1 - u) * w * align) / (u + (1 - u) * w)
+    S = pa.flip_candidates(y, 10, 0.5, 0)
+    for teacher, last in pa.TEACHERS.items():
+        job = job_of(tiny, "cc", teacher)
+        learner, shown = one_step(job, S, f, i, progress=0.4)
+        torch.manual_seed(0)
+        start = pa.Prompts(tiny, shapes.SHAPES, TEMPLATE, 4, learner.prompts.weights.tolist()).each
+        l = [job.tau * f[0] @ prompt(tiny).T for prompt in start]
+        hand = job.tau * f[0] @ job.t_hand.T
+        pll, alpha = pa.loss_cc(l[-1], S[i]), 1 - 0.4 * (1 - last)
+        align = pa.loss_weighted(l[0], pa.mixed_posterior(l[0], hand, S[i], alpha))
+        want = pll + (align if teacher == "evidence" else (pll / align).detach() * align)
         assert float(shown["loss"]) == pytest.approx(float(want.detach()))
-        grad, = torch.autograd.grad(want, fresh.prompt.ctx)
-        torch.testing.assert_close(learner.prompt.ctx.grad, grad, atol=1e-6, rtol=1e-4)
-        assert ("align" in shown) == (u < 1) and shown.get("alpha", alpha) == alpha
+        assert shown["alpha"] == alpha and len(start) == 1 + (teacher == "evidence")
+        for mine, grad in zip(learner.prompts.each, torch.autograd.grad(
+                want, [prompt.ctx for prompt in start])):
+            torch.testing.assert_close(mine.ctx.grad, grad, atol=1e-6, rtol=1e-4)
+    alone, shown = one_step(job_of(tiny, "cc", align=False), S, f, i)
+    assert shown.keys() == {"loss", "pll", "skipped"} and len(alone.prompts.each) == 1
 
 
-def test_align_evidence():
+def test_align_evidence(tiny):
     l, S, _ = aligned_batch(scale=1.0, B=400)
     l = l.detach()
     right = 3 * S + l                                   # knows the sets, mostly
-    assert pa.evidence(right, S).sum() > pa.evidence(l, S).sum() >= -400 * float(pa.loss_cc(l, S))
-    assert pa.evidence(50 * right, S).sum() > pa.evidence(50 * l, S).sum()  # too sure, and better
-    assert not pa.evidence(l, torch.ones_like(S)).any()
+    assert pa.pool(right, l, S)[1] <= 0.25 and pa.pool(l, right, S)[1] >= 1
+    assert pa.pool(50 * right, l, S)[0] == 0.25         # much too sure
+    a, b = pa.pool(right, right, S)                     # the best of all that it may choose from
+    for w in itertools.product((0.25, 0.5, 1, 2), (0, 0.25, 1, 2)):
+        assert pa.loss_cc(a * right + b * right, S) <= pa.loss_cc((w[0] + w[1]) * right, S) + 1e-6
+    assert pa.pool(l, right, torch.ones_like(S)) == (1, 0)
+    prompts = pa.Prompts(tiny, shapes.SHAPES, TEMPLATE, 4, [0.5, 2.0])
+    torch.testing.assert_close(prompts(tiny), 0.5 * prompts.each[0](tiny) +
+                               2 * prompts.each[1](tiny))
     rng = torch.Generator().manual_seed(0)
     y, p = torch.randint(10, (2000,), generator=rng), torch.rand(2000, 10, generator=rng)
     p[torch.arange(2000), y] += 0.5                     # right for most
@@ -1849,11 +1864,11 @@ def test_align_evidence():
 def test_align_tables(tiny, random_features, objective):
     f, i, y = random_features
     S, job = pa.flip_candidates(y, 10, 0.5, 0), job_of(tiny, objective)
-    first = pa.Learner(job, "mixed", S, 10)
-    learner, _ = one_step(job, "mixed", S, f, i)
+    first = pa.Learner(job, S, 10, [1.0])
+    learner, _ = one_step(job, S, f, i)
     asked = learner if objective == "rc" else first                     # RC after the step
     with torch.no_grad():
-        t = asked.prompt(tiny)
+        t = asked.prompts(tiny)
     for n in range(12):
         uniform = [1 / int(S[n].sum()) if s else 0.0 for s in S[n]]
         rest = [0.0 if s else 1 / max(1, int((~S[n]).sum())) for s in S[n]]
@@ -1882,7 +1897,7 @@ def test_align_pico_state(tiny, random_features):
     assert contrast.prototypes[1].abs().sum() == 0
     f, i, _ = random_features                           # one prototype, behind every image
     S = torch.ones(12, 10, dtype=torch.bool)
-    learner = pa.Learner(job_of(tiny, "pico"), "mixed", S, 10)
+    learner = pa.Learner(job_of(tiny, "pico"), S, 10, [1.0])
     z = F.normalize(learner.contrast.head(f[0]), dim=1)
     learner.contrast.prototypes[3] = -F.normalize(z.detach().mean(dim=0), dim=0)
     pa.pico_step(learner, 1, 0.0, f, i, torch.zeros(3, 8, 10), S[i])
@@ -1966,7 +1981,7 @@ def test_candidate_errors(tmp_path, content, says):
 
 
 def align_run(out, *args):
-    return pa.main(["--device", "cpu", "--epochs", "2", "--teacher", "mixed", "--out", str(out),
+    return pa.main(["--device", "cpu", "--epochs", "2", "--teacher", "dynamic", "--out", str(out),
                     *map(str, args)])
 
 
@@ -1986,8 +2001,7 @@ def test_align_run_folder(little, tmp_path, objective):
         "report.html"]
     (first, *epochs, last), (predictions, table), saved = align_read(tmp_path / "run")
     assert first["objective"] == objective and [e["epoch"] for e in epochs] == [1, 2]
-    keys = {"loss", "pll", "accuracy", "disambiguation"}
-    keys |= set() if last["teacher"] == "none" else {"align", "w", "alpha"}
+    keys = {"loss", "pll", "accuracy", "disambiguation", "align", "w", "alpha"}
     assert all(keys <= e.keys() for e in epochs)
     assert {"zero_shot", "accuracy", "seconds", "images_per_second"} <= last.keys()
     assert "NaN" not in (tmp_path / "run" / "log.jsonl").read_text()
@@ -1995,7 +2009,9 @@ def test_align_run_folder(little, tmp_path, objective):
     assert table[0] == ["image", "candidates", "label", "confidence"]
     assert all(row[2] in row[1].split("|") and 0 <= float(row[3]) <= 1 for row in table[1:])
     prompt = pa.Prompt(clip.load("tiny")[0], shapes.SHAPES, "a photo of a {}.", saved["ctx"])
-    assert not torch.equal(saved["models"]["ctx"], prompt.ctx)
+    for n, weight in enumerate(last["weights"]):
+        assert not torch.equal(saved["models"][f"each.{n}.ctx"], prompt.ctx)
+        assert saved["models"]["weights"][n] == weight
 
 
 def test_align_flags_and_seed(little, tmp_path):
@@ -2005,11 +2021,11 @@ def test_align_flags_and_seed(little, tmp_path):
                                "--template {}.", "--amp bf16", "--max-steps 2", "--epochs 3",
                                "--passes 1", "--no-flip", "--objective lws")):
         assert align_run(tmp_path / str(k), *flags.split()) == 0
-        ctx = align_read(tmp_path / str(k))[2]["models"]["ctx"].tolist()
+        ctx = align_read(tmp_path / str(k))[2]["models"]["each.0.ctx"].tolist()
         assert ctx not in seen, flags                                   # every flag does something
         seen.append(ctx)
     assert align_run(tmp_path / "again") == 0
-    assert align_read(tmp_path / "again")[2]["models"]["ctx"].tolist() == seen[0]
+    assert align_read(tmp_path / "again")[2]["models"]["each.0.ctx"].tolist() == seen[0]
     for k, flags in enumerate(("--supervised", "--objective naive --no-align --q 0")):   # CoOp
         assert align_run(tmp_path / f"coop{k}", *flags.split()) == 0
     assert equal(*(align_read(tmp_path / f"coop{k}")[2] for k in (0, 1)))
@@ -2034,7 +2050,7 @@ def test_align_interrupt_and_resume(little, tmp_path, monkeypatch, capsys, objec
     assert "already holds a run" in capsys.readouterr().err
     assert align_run(tmp_path / "cut", *flags, "--resume") == 0
     a, b = (align_read(tmp_path / name) for name in ("whole", "cut"))
-    assert a[1] == b[1] and torch.equal(a[2]["models"]["ctx"], b[2]["models"]["ctx"])
+    assert a[1] == b[1] and equal(a[2]["models"], b[2]["models"])
     for key in ("epoch", "loss", "align", "alpha", "accuracy", "disambiguation"):
         assert [e.get(key) for e in a[0]] == [e.get(key) for e in b[0]], key
 
@@ -2074,7 +2090,7 @@ def test_align_full_sets_fall_back_to_zero_shot(little, tmp_path, objective):
     assert align_run(tmp_path / "run", "--q", 1, "--objective", objective, "--teacher",
                      "evidence") == 0
     last = align_read(tmp_path / "run")[0][-1]
-    assert last["teacher"] == "alone"
+    assert last["weights"] == [1, 0]
     assert abs(last["accuracy"] - last["zero_shot"]) <= 2, last     # one image of fifty
 
 
@@ -2088,7 +2104,7 @@ def test_align_demo_gains(tmp_path):
 # ======== all scripts: after the run, resume, several processes, precision, odd data ========
 
 SCRIPTS = {"coft": SHORT, "coft_plus": PLUS, "prompt_align": [
-    "--device", "cpu", "--epochs", "3", "--flip", "--teacher", "mixed"]}
+    "--device", "cpu", "--epochs", "3", "--flip", "--teacher", "dynamic"]}
 MODULES = {"coft": coft, "coft_plus": coft_plus, "prompt_align": pa}
 
 @pytest.mark.parametrize("script", ["coft", "coft_plus", "prompt_align"])

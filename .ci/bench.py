@@ -340,7 +340,7 @@ class Batches:
 
 
 def one_round(N, C, top, threads, queue):
-    """In a process of its own: coft.py's work on its tables in an epoch of phase 2, without CLIP."""
+    """In a process of its own: coft.py's work on its tables in an epoch of phase 2, no CLIP."""
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     coft.TOP, names, seconds, mark = top, [f"class {k}" for k in range(C)], {}, time.time()
