@@ -15,8 +15,8 @@ candidates. CLIP is frozen.
 
 How much the alignment helps depends on objective and sets, from 30 points to less than nothing. So
 by default the sum of Eq. 11 is one of logits, not of losses: one prompt learns from `align`, one
-from `pll`, and their weights are those under which each half of the sets is likeliest to prompts
-that learnt from the other half.
+from `pll`, and their weights are those under which a fifth of the sets is likeliest, to prompts that
+learnt from the others.
 
 A views of an image, B batch, C classes, D embedding, L context words, N images, W width of a word;
 S (B, C) bool candidate sets; tau = exp(logit_scale), f and t unit vectors, p = softmax(l).
@@ -156,14 +156,14 @@ SCALES = (1.0, 0.25, 0.35, 0.5, 0.7, 1.4, 2.0)      # also against logits that a
 
 def pool(l_align, l_pll, S):
     """The weights (a, b) for which a l_align + b l_pll explains sets that it was not learnt from
-    best: the mean of log sum_{k in S} p_k is largest. b is 0 unless it gains two standard errors.
+    best: the mean of log sum_{k in S} p_k is largest. b is 0 unless it gains a standard error.
     l, S (N, C)."""
     log_p = {w: log_inside(w[0] * l_align + w[1] * l_pll, S)                    # (N,) each
              for w in itertools.product(SCALES, (0.0, *SCALES))}
     best, alone = (max(some, key=lambda w: float(log_p[w].mean()))
                    for some in (log_p, [w for w in log_p if w[1] == 0]))
     gain = log_p[best] - log_p[alone]                                           # (N,)
-    return best if gain.mean() > 2 * gain.std() / math.sqrt(len(gain)) else alone
+    return best if gain.mean() > gain.std() / math.sqrt(len(gain)) else alone
 
 
 def follow_clip(p, S):
@@ -373,17 +373,16 @@ def train(job, passes, sets, weights, trial=False):
 
 def choose_weights(job, passes, sets):
     """The weights (see `pool`) of an aligned prompt and one of the objective, by what such prompts
-    learn from each half of the sets (N, C) about the other half."""
-    if len(sets) < 2 or follow_clip(zero_shot(job, job.f_train), sets):
+    learn from four fifths of the sets (N, C) about the last fifth."""
+    held = torch.arange(len(sets)) % 5 == 4                                     # (N,)
+    if not held.any() or follow_clip(zero_shot(job, job.f_train), sets):
         job.run.say("the sets follow CLIP's own posterior, or are few: they cannot correct it")
         return [1.0, 0.0]
-    even, l = torch.arange(len(sets)) % 2 == 0, torch.zeros(2, *sets.shape)     # (N,), (2, N, C)
-    for mine in (even, ~even):
-        learner = train(job, [f[:, mine] for f in passes], sets[mine], [1.0, 1.0], trial=True)
-        for m, prompt in enumerate(learner.prompts.each):
-            with torch.no_grad():
-                l[m, ~mine] = logits(job, prompt, job.f_train[~mine].to(job.device)).cpu()
-    weights = pool(*l, sets)
+    learner = train(job, [f[:, ~held] for f in passes], sets[~held], [1.0, 1.0], trial=True)
+    with torch.no_grad():
+        l = [logits(job, prompt, job.f_train[held].to(job.device)).cpu()        # (n, C) each
+             for prompt in learner.prompts.each]
+    weights = pool(*l, sets[held])
     job.run.say("weights: {} of the alignment, {} of the objective".format(*weights))
     return weights
 
@@ -607,8 +606,8 @@ def parse(argv=None):
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--objective", choices=OBJECTIVES, default="cc", help="Eq. 3-9 (%(default)s)")
     add("--align", default=True, action=switch, help="Eq. 11; without: the objective alone")
-    add("--teacher", choices=TEACHERS, default="evidence", help="two prompts, weighed by "
-        "halves of the sets; or Eq. 11, alpha falling or as released (%(default)s)")
+    add("--teacher", choices=TEACHERS, default="evidence", help="two prompts, weighed by a "
+        "held-out fifth of the sets; or Eq. 11, alpha falling or as released (%(default)s)")
     add("--candidates", default="uniform", metavar="uniform|instance|FILE", help="made from the "
         "labels, all wrong ones alike or those CLIP finds likely; or your CSV or JSON")
     add("--q", type=float, default=0.5, help="chance of a wrong label to be in a set (%(default)s)")
