@@ -15,8 +15,8 @@ candidates. CLIP is frozen.
 
 How much the alignment helps depends on objective and sets, from 30 points to less than nothing. So
 by default the sum of Eq. 11 is one of logits, not of losses: one prompt learns from `align`, one
-from `pll`, and their weights are those under which a fifth of the sets is likeliest, to prompts that
-learnt from the others.
+from `pll`, and they get the weights under which a fifth of the sets is likeliest, for prompts that
+learnt from the other four fifths.
 
 A views of an image, B batch, C classes, D embedding, L context words, N images, W width of a word;
 S (B, C) bool candidate sets; tau = exp(logit_scale), f and t unit vectors, p = softmax(l).
