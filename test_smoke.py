@@ -1557,10 +1557,13 @@ def test_texts_are_the_mean_of_the_sentences(frozen):  # section 3.3.3
 def test_each_student_has_its_own_next_labels():        # section 3.3.1
     p = torch.tensor([[[.9, .1], [.8, .2], [.3, .7], [.1, .9]], [[.7, .3], [.3, .7], [.2, .8],
                                                                  [.4, .6]]])
-    y, confident = coft_plus.next_labels(p, 1, set())   # the surest of each class
+    table = coft_plus.Table(p, p, all_classes(p))
+    job = SimpleNamespace(K=1, added=set(), dataset=SimpleNamespace(class_names=["a", "b"]))
+    y, confident = coft_plus.next_labels(job, table)    # the surest of each class
     assert y.tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]
     assert confident.tolist() == [[True, False, False, True], [True, False, True, False]]
-    y, _ = coft_plus.next_labels(p, 1, {"balance"})
+    job.added = {"balance"}
+    y, _ = coft_plus.next_labels(job, table)
     assert y.tolist() == [[0, 0, 1, 1], [0, 1, 1, 0]]   # two of each
 
 
