@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Draws .ci/align.svg from the table of prompt_align.py in .ci/results.md. Standard library only.
+"""Draws .ci/align.svg and .ci/scale.svg from tables in .ci/results.md. Standard library only.
 
     python .ci/figures.py
 """
+import math
 import re
 from pathlib import Path
 
@@ -81,7 +82,42 @@ def panel(i, name, alone, aligned):
     return "\n".join(out + ["</g>"])
 
 
+def scale(path):
+    """Memory and seconds over the number of images, both logarithmic: .ci/bench.py --scale."""
+    rows = [[float(cell.replace(",", "")) for cell in line.strip("| ").split("|")[:5]]
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if re.match(r"\| [\d,]+ \| 1[06]0?0? \| ", line)]     # images, held, GB, GB, seconds
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {PANEL_H + 90}" width="640" '
+           f'height="{PANEL_H + 90}" font-size="12" font-family="sans-serif" role="img">',
+           "<title>Memory and time of the tables over the number of images</title>",
+           '<rect width="640" height="100%" rx="6" fill="#ffffff"/>']
+    for left, column, name, low, high in ((60, 2, "peak memory, GB", 0.5, 10),
+                                          (380, 4, "seconds a round", 0.5, 100)):
+        def place(row):
+            x = left + 220 * (math.log10(row[0]) - 4) / 2.2
+            return x, 40 + PANEL_H * math.log(high / row[column]) / math.log(high / low)
+        out.append(text(left, 24, name, anchor="start", more='font-size="14" font-weight="600"'))
+        for v in (1, 10, 100):
+            y = place([1, 0, v, 0, v])[1]
+            if y >= 40:
+                out += [f'<path d="M{left} {y:.1f}h230" stroke="#e8eaed"/>',
+                        text(left - 8, y + 4, v, "#57606a", "end")]
+        for n, says in ((1e4, "10,000"), (1e5, "100,000"), (1e6, "1 million")):
+            out.append(text(place([n, 0, 1, 0, 1])[0], PANEL_H + 62, says, "#57606a"))
+        for held, color, says in ((16, BLUE, "16 classes held"), (1000, GREY, "all 1,000")):
+            marks = [place(row) for row in rows if row[1] == held]
+            line = " ".join(f"{x:.1f},{y:.1f}" for x, y in marks)
+            out += [f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>',
+                    *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>'
+                      for x, y in marks),
+                    text(marks[-1][0] + 6, marks[-1][1] - 8, says, color,
+                         "end" if held == 16 else "start", 'font-weight="600"')]
+    out += [text(320, PANEL_H + 82, "training images"), "</svg>\n"]
+    path.with_name("scale.svg").write_text("\n".join(out), encoding="utf-8")
+
+
 def main():
+    scale(HERE / "results.md")
     table = read_table(HERE / "results.md")
     middle = LEFT + (3 * STEP_X + PANEL_W) / 2
     turned = f'transform="rotate(-90 16 {TOP + (STEP_Y + PANEL_H) / 2:.1f})" font-size="13"'
