@@ -110,8 +110,9 @@ def scale(path):
             out += [f'<polyline points="{line}" fill="none" stroke="{color}" stroke-width="2"/>',
                     *(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>'
                       for x, y in marks),
-                    text(marks[-1][0] + 6, marks[-1][1] - 8, says, color,
-                         "end" if held == 16 else "start", 'font-weight="600"')]
+                    text(marks[1][0] + (8 if held == 16 else 0),
+                         marks[1][1] + (16 if held == 16 else -8), says, color,
+                         "start" if held == 16 else "end", 'font-weight="600"')]
     out += [text(320, PANEL_H + 82, "training images"), "</svg>\n"]
     path.with_name("scale.svg").write_text("\n".join(out), encoding="utf-8")
 
