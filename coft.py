@@ -81,26 +81,26 @@ def logits(f, t, tau):
 
 
 class Table(NamedTuple):
-    """What M models say of N images. Per image it holds the T = min(C, TOP) likeliest classes, the
-    others count as 0: so it grows with N, not with N C. (M, N, T) each."""
+    """What M models say of N images. Per image it holds the H = min(C, TOP) likeliest classes, the
+    others count as 0: so it grows with N, not with N C. (M, N, H) each."""
     p: torch.Tensor             # softmax
     p_clean: torch.Tensor       # Eq. (5)
     index: torch.Tensor         # which class, ascending; int32
 
 
 def at(values, index, y):
-    """The values of the classes y. values, index (..., T), y (...) -> (...)."""
+    """The values of the classes y. values, index (..., H), y (...) -> (...)."""
     return (values * (index == y[..., None])).sum(dim=-1)
 
 
 def labels_of(p, index):
-    """argmax_k p_k. p, index (..., T) -> (...)."""
+    """argmax_k p_k. p, index (..., H) -> (...)."""
     return index.gather(-1, p.argmax(dim=-1, keepdim=True))[..., 0].long()
 
 
 def pseudo_labels(p0, index, C, K):
     """Eq. (1), S*: y = argmax_k p0_k; confident: per class the K images with the largest p0_y. A
-    class that is nobody's argmax takes the K largest of its column. p0, index (N, T) -> y (N,),
+    class that is nobody's argmax takes the K largest of its column. p0, index (N, H) -> y (N,),
     confident (N,) bool."""
     y = labels_of(p0, index)
     for k in set(range(C)) - set(y.tolist()):
@@ -140,7 +140,7 @@ def complementary_labels(y, C):
 
 def balanced(p, index, C):
     """(A2) p_k / (mean over all images of p_k), then normalised; 20 times (Sinkhorn's iteration):
-    in sum all classes get about the same. p, index (N, T) -> p (N, T)."""
+    in sum all classes get about the same. p, index (N, H) -> p (N, H)."""
     index = index.long()
     for _ in range(20):
         mean = torch.zeros(C).index_add_(0, index.flatten(), p.flatten()) / len(p)      # (C,)
@@ -263,7 +263,7 @@ class FullModel(nn.Module):
 
 
 def guess(job, table):
-    """The posteriors that labels are taken from: p (2, N, T) as it is; (A2) balanced."""
+    """The posteriors that labels are taken from: p (2, N, H) as it is; (A2) balanced."""
     if "balance" not in job.added:
         return table.p
     return torch.stack([balanced(p, index, len(job.dataset.class_names))
@@ -274,7 +274,7 @@ def select_clean(phase, p, table, labels, peers):
     """What each student is taught next: labels y (2, N) and which are clean (2, N) bool.
 
     Phase 1: `labels`, y and S*, (2, N) each, as they are. Phase 2, section 3.2.2: the student's own
-    labels of all images, by p (2, N, T), as the peer lets them pass, p_clean_y > 1/2."""
+    labels of all images, by p (2, N, H), as the peer lets them pass, p_clean_y > 1/2."""
     if phase == 1:
         return labels
     y, peers = labels_of(p, table.index), list(peers)                           # (2, N)
@@ -390,7 +390,7 @@ def train_phase(job, number, students, view, labels, table):
         table = predict(job, phase.teachers, looks, judge, table, share)
         y_test, p_test = job.dataset.test.y_true, None
         if y_test is not None:
-            p_test = predict(job, phase.teachers, job.test, False, T=C).p.mean(dim=0)   # (N, C)
+            p_test = predict(job, phase.teachers, job.test, False, top=C).p.mean(dim=0)
         run.report(phase=number, epoch=epoch + 1, **means,
                    accuracy=data.accuracy(p_test, y_test),
                    **diagnostics(table, lesson, judge, job.peers, images.y_true))
@@ -419,18 +419,18 @@ class ZeroShot:
 
 def zero_shot(job, t0, loader):
     """Eq. (1) for all images and the classifier t0 (C, D): (N, C), on the CPU."""
-    return predict(job, [ZeroShot(t0)], loader, False, T=len(t0)).p[0]
+    return predict(job, [ZeroShot(t0)], loader, False, top=len(t0)).p[0]
 
 
 @torch.no_grad()
-def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), T=TOP):
+def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=TOP):
     """The `Table` of all images, on the CPU: softmax, p_clean of the models' judges (1 without).
     before: a table of them, which moves by `share` of (p, p_clean) towards the new one."""
     judges = [getattr(me, "judge", me) for me in models]                        # phase 1: itself
     with job.autocast():
         texts = [one.texts(job.clip_model) for one in judges]                   # (C, D) each
     M, C = len(models), len(texts[0][0])
-    p, p_clean = torch.zeros(2, M, loader.N, min(C, T))                         # (M, N, T) each
+    p, p_clean = torch.zeros(2, M, loader.N, min(C, top))                       # (M, N, H) each
     index = torch.zeros(p.shape, dtype=torch.int32)
     for x, i in loader:                                                         # (B, 3, R, R), (B,)
         for m, me in enumerate(models):
@@ -444,7 +444,7 @@ def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), T=TO
                 new, clean = (                                                  # (B, C) each
                     torch.zeros(len(i), C).scatter(1, before.index[m, i].long(), old[m, i])
                     .lerp(now, a) for old, now, a in zip(before, (new, clean), share))
-            best = new.topk(p.shape[2]).indices.sort().values                   # (B, T)
+            best = new.topk(p.shape[2]).indices.sort().values                   # (B, H)
             p[m, i], p_clean[m, i] = new.gather(1, best), clean.gather(1, best)
             index[m, i] = best.int()
     return Table(*map(data.all_reduce_sum, (p, p_clean, index)))
@@ -521,7 +521,7 @@ def finish(job, models, zero=None):
     """The files of the run folder. Returns the summary."""
     args, run, test, names = job.args, job.run, job.dataset.test, job.dataset.class_names
     def judge():
-        table = predict(job, models, job.test, T=len(names))
+        table = predict(job, models, job.test, top=len(names))
         return torch.stack([table.p, table.p_clean]).mean(dim=1)                # (2, N, C)
     p, p_clean = judge() if args.load else data.save_model(                     # (N, C) each
         job, models, judge, recipe=args.recipe, student=args.student,

@@ -13,8 +13,8 @@ candidates. CLIP is frozen.
     loss = pll + balance(pll, align) * align                both are equally large      Eq. 11
     table[i] = confidence(objective, l, S)                  only the rows of the batch  Eq. 2
 
-How much the alignment helps depends on objective and sets, from 30 points to less than nothing. So
-by default the sum of Eq. 11 is one of logits, not of losses: one prompt learns from `align`, one
+How much the alignment helps depends on objective and sets: tens of points, or less than nothing.
+So by default the sum of Eq. 11 is one of logits, not of losses: one prompt learns from `align`, one
 from `pll`, and they get the weights under which a fifth of the sets is likeliest, for prompts that
 learnt from the other four fifths.
 

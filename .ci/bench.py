@@ -344,7 +344,7 @@ def one_round(N, C, top, threads, queue):
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     coft.TOP, names, seconds, mark = top, [f"class {k}" for k in range(C)], {}, time.time()
-    predict = partial(coft.predict, SimpleNamespace(autocast=nullcontext, clip_model=None), T=top)
+    predict = partial(coft.predict, SimpleNamespace(autocast=nullcontext, clip_model=None), top=top)
     job = SimpleNamespace(added={"balance"}, dataset=SimpleNamespace(class_names=names))
 
     def lap(what):

@@ -143,7 +143,7 @@ class VisionTransformer(nn.Module):
     """Images (B, 3, R, R) -> features (B, D) of the class token.
 
     With `checkpointing`, which is on for ViT-L, the backward pass computes the blocks again instead
-    of keeping what is inside them: same numbers, a third more time, a tenth of the memory.
+    of keeping what is inside them: same numbers, a forward pass more, an eighth of the memory.
     """
 
     def __init__(self, input_resolution, patch_size, width, layers, heads, output_dim, activation):
