@@ -604,7 +604,8 @@ def parse(argv=None):
         "16 at least")
     add("--shots", type=int, default=0, metavar="K", help="labelled images per class, the others "
         "stay unlabelled (%(default)s)")
-    add("--student", metavar="ARCH|FILE", help="another CLIP, whose image encoder phase 2 trains")
+    add("--student", metavar="ARCH|FILE", type=data.on_disk, help="another CLIP, whose image "
+        "encoder phase 2 trains")
     add("--epochs1", type=int, help="of phase 1; without it nothing is filtered")
     add("--epochs2", type=int, help="of phase 2; 0 leaves it out")
     add("--lr1", type=float, help="of prompts and light modules")

@@ -694,7 +694,8 @@ def add_common(parser, script, batch_size, what="images per step, of all process
     add("--classes", help="class names: a,b,c or a file with one per line")
     add("--template", help="prompt with {} for the class name, or `ensemble`: eight of them")
     add("--arch", help="tiny, ViT-B/16, RN50, ...; default: tiny for the demo, else ViT-B/16")
-    add("--weights", help="CLIP weights from disk: OpenAI's, open_clip's, Hugging Face's")
+    add("--weights", type=on_disk, help="CLIP weights from disk: OpenAI's, open_clip's, "
+        "Hugging Face's")
     add("--quick-gelu", help="the weights' activation; default: what the file says, else yes; "
         "--no-quick-gelu for most that were trained on LAION", **switch)
     add("--load", metavar="FILE", help="a run's model.pt: no training, classifies --data")
@@ -710,6 +711,11 @@ def add_common(parser, script, batch_size, what="images per step, of all process
         "zero-shot posteriors less than cropping does", **switch)
     add("--max-steps", type=int, help="stop (each phase) there, to try things out")
     add("--resume", default=False, help="continue the run in --out", **switch)
+
+
+def on_disk(name):
+    """A flag's file in full, as model.pt may be loaded from another folder; other names as is."""
+    return os.path.abspath(name) if os.path.isfile(name) else name
 
 
 def recipe(text, additions):
@@ -1089,22 +1095,27 @@ def write_report(run, images, class_names, p):
         image.save(file := io.BytesIO(), "PNG")
         return f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
-    names, first, last = [html.escape(c) for c in class_names], run.lines[0], run.lines[-1]
+    names, last = [html.escape(c) for c in class_names], run.lines[-1]
+    accuracies = "".join(f"<p>{title} {last[key]} %" for key, title in (
+        ("zero_shot", "zero-shot accuracy"), ("accuracy", "accuracy after the run"))
+        if last.get(key) is not None)
     page = ["<!doctype html><meta charset=utf-8><title>report</title><style>body{font:14px "
             "sans-serif}td,th{padding:2px 5px;text-align:right}figure{display:inline-block;"
-            f"margin:4px;width:110px}}</style><p>{html.escape(first['dataset'])}<p>accuracy: "
-            f"zero-shot {last.get('zero_shot')}, after the run {last['accuracy']}"
-            "<h2>Percent after each epoch</h2><svg width=800 height=210 fill=none><path "
-            'stroke="#ddd" d="M0 1H650M0 50H650M0 100H650M0 150H650M0 200H650"/>']
+            f"margin:4px;width:110px}}</style><p>{html.escape(run.lines[0]['dataset'])}",
+            accuracies]
     epochs = [line for line in run.lines if "epoch" in line]
-    for n, (key, (scale, color)) in enumerate(CURVES.items()):
-        values = [scale * line[key] for line in epochs if line.get(key) is not None]
-        if values:
-            points = " ".join(f"{650 * k / len(epochs):.0f},{200 - 2 * v:.0f}"
-                              for k, v in enumerate(values))
-            page.append(f'<polyline points="{points}" stroke="{color}" stroke-width=2 /><text '
-                        f'x=660 y={20 + 20 * n} fill="{color}">{key} {values[-1]:.1f}</text>')
-    page.append("</svg>")
+    if epochs:
+        page.append("<h2>Percent after each epoch</h2><svg width=800 height=210 fill=none><path "
+                    'stroke="#ddd" d="M0 1H650M0 50H650M0 100H650M0 150H650M0 200H650"/>')
+        for n, (key, (scale, color)) in enumerate(CURVES.items()):
+            values = [scale * line[key] for line in epochs if line.get(key) is not None]
+            if values:
+                points = " ".join(f"{650 * k / len(epochs):.0f},{200 - 2 * v:.0f}"
+                                  for k, v in enumerate(values))
+                page.append(
+                    f'<polyline points="{points}" stroke="{color}" stroke-width=2 /><text '
+                    f'x=660 y={20 + 20 * n} fill="{color}">{key} {values[-1]:.1f}</text>')
+        page.append("</svg>")
     if images.y_true is not None and len(names) <= 40:
         counts = torch.zeros(len(names), len(names), dtype=torch.long)      # true, predicted
         counts.index_put_((images.y_true, p.argmax(dim=1)), torch.tensor(1), accumulate=True)

@@ -3,7 +3,7 @@
 
     python .ci/compare.py --out runs/compare --worlds narrow,slanted --seeds 0,1,2
     python .ci/compare.py --out runs/compare --glyphs glyphs --worlds mnist,letters
-    python .ci/compare.py softmax --data demo:torn          # the one method that is written here
+    python .ci/compare.py softmax --data demo:torn          # coft.py with another filter, of three
 
 Worlds are styles of the demo, and mnist and letters as .ci/handwriting.py leaves them in --glyphs.
 Every run is a command, printed before it runs and skipped if --out holds its result, so that the
@@ -22,9 +22,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 PEERS = ["upl", "grip", "cpl", "lafter", "fixmatch", "deft"]
+FILTERS = ["none", "perfect", "softmax"]
 METHODS = {
     **{name: [".ci/peers.py", name] for name in PEERS},
-    "softmax": [".ci/compare.py", "softmax"],
+    **{f"{name} filter": [".ci/compare.py", name] for name in FILTERS},
     "coft paper": ["coft.py", "--recipe", "paper"], "coft ours": ["coft.py"],
     "coft_plus paper": ["coft_plus.py", "--recipe", "paper"], "coft_plus ours": ["coft_plus.py"],
     "coft_plus paper without sentences": ["coft_plus.py", "--recipe", "paper", "--prompts", ""],
@@ -34,21 +35,28 @@ METHODS = {
 GLYPHS = {"mnist": "a photo of the number {}.", "letters": "the letter {}"}
 
 
-def softmax(argv):
-    """coft.py where the peer's largest softmax filters instead of its p_clean, as many labels of
-    each student as p_clean would have kept. Flags are coft.py's."""
-    import coft
-    select_clean = coft.select_clean
+def with_filter(name, argv):
+    """coft.py with another filter of phase 2's labels. "none": all are clean; "perfect": the right
+    ones are; "softmax": the surest by the peer's softmax, as many of each student as p_clean would
+    have kept. Flags are coft.py's."""
+    import coft                         # before torch, see there
+    import torch
+    guess, select_clean, y_true = coft.guess, coft.select_clean, []
 
-    def select_sure(phase, p, table, labels, peers):
+    def guess_and_look(job, table):
+        y_true[:] = [job.dataset.train.y_true]                                  # (N,)
+        return guess(job, table)
+
+    def select(phase, p, table, labels, peers):
         y, clean = select_clean(phase, p, table, labels, peers)                 # (2, N) each
         for me, peer in enumerate(peers if phase == 2 else ()):
-            sure = coft.at(p[peer], table.index[peer], y[me])                   # (N,)
-            best = sure.topk(int(clean[me].sum())).indices
+            score = {"none": torch.ones(len(y[me])), "perfect": y[me] == y_true[0],
+                     "softmax": coft.at(p[peer], table.index[peer], y[me])}[name]       # (N,)
+            kept = clean[me].sum() if name == "softmax" else score.sum()
             clean[me] = False
-            clean[me, best] = True
+            clean[me, score.float().topk(int(kept)).indices] = True
         return y, clean
-    coft.select_clean = select_sure
+    coft.guess, coft.select_clean = guess_and_look, select
     return coft.main(argv)
 
 
@@ -84,8 +92,8 @@ def cell(values):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["softmax"]:
-        return softmax(argv[1:])
+    if argv and argv[0] in FILTERS:
+        return with_filter(argv[0], argv[1:])
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="for all runs")
     parser.add_argument("--worlds", default="narrow,slanted,torn,crowd,longtail")
