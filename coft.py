@@ -16,7 +16,7 @@ and a whole image encoder learns from the rest. `--recipe paper` is this, as pub
         loss = loss_cls(W v + b, y), a fresh encoder and W, b learn                     Eq. 7
     prediction = mean of the two students' softmax                                      our choice
 
-`--recipe ours`, the default, adds the six entries of the table ADDITIONS, marked (A1) ... Most is
+`--recipe ours`, the default, adds the five entries of the table ADDITIONS, marked (A1) ... Most is
 won by the first two: labels are means over many random views of an image, balanced over classes.
 
 Equation numbers are the paper's. B batch, C classes, D embedding, L context tokens, N images,
@@ -31,9 +31,8 @@ the same authors, and DeFT's code; tiny: chosen on `narrow`, its prompts start f
 words), lam 1, batches of 64, momentum 0.9; an epoch is N / B steps, however small the set it draws
 from; CoOp's templates, in V+ and V- too; random words as large as CLIP's; students differ in order
 and complements too; a class that is nobody's guess takes its K likeliest images; W starts at t0;
-warm-up, cosine, weight decay 5e-4 (A5: 0.01 for the encoder, none elsewhere); weak views; EMA
-decay 0.99 at most; V- learns ten times as fast as V+ in A5. --shots is the paper's 4.4, --student
-its 4.5.
+warm-up, cosine, weight decay 5e-4 (A4: 0.01 for the encoder, none elsewhere); weak views; V- learns
+ten times as fast as V+ in A4. --shots is the paper's 4.4, --student its 4.5.
 """
 import argparse
 import copy
@@ -52,19 +51,18 @@ import torch.nn.functional as F
 import clip
 import data
 
-# What `--recipe ours` adds to the paper or does otherwise, and where. `ours-ema` leaves one out,
+# What `--recipe ours` adds to the paper or does otherwise, and where. `ours-fresh` leaves one out,
 # `paper+views+balance` adds two.
 ADDITIONS = {
     "views":   "A1 labels from posteriors averaged over weak views and epochs: adapt, train_phase",
     "balance": "A2 labels from posteriors balanced over the classes: guess",
     "fresh":   "A3 labels, and so verdicts, anew each epoch of phase 2: train_phase",
-    "ema":     "A4 moving averages of phase 2's students label and predict: train_step",
-    "adam":    "A5 AdamW, rates relative to the size of words, not SGD: param_groups",
-    "part":    "A6 after a short phase 2 its encoders go only part of the way from CLIP: part_way",
+    "adam":    "A4 AdamW, rates relative to the size of words, not SGD: param_groups",
+    "part":    "A5 after a short phase 2 its encoders go only part of the way from CLIP: part_way",
 }
 VIEWS = 8           # (A1) of each image, for the first labels
 TOP = 16            # classes of an image that a table holds, see Table
-WHOLE = 300         # (A6) steps of phase 2 that take its encoders the whole way
+WHOLE = 300         # (A5) steps of phase 2 that take its encoders the whole way
 SETTINGS = {    # where no flag says otherwise: (tiny CLIPs, D < 512; OpenAI's models)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (6, 10), "epochs2": (4, 10)},
@@ -152,7 +150,7 @@ def balanced(p, index, C):
 # ======== modules ========
 
 
-WORD_STD = 0.06     # of tiny's word vectors, for which (A5) lr1 and the noise were chosen
+WORD_STD = 0.06     # of tiny's word vectors, for which (A4) lr1 and the noise were chosen
 
 
 class Prompt(nn.Module):
@@ -228,7 +226,7 @@ class Student(nn.Module):
         return f, logits(f, t_pos, tau), logits(f, t_neg, tau)
 
     def param_groups(self, lr1, lr2):
-        """(A5) What learns, and how fast."""
+        """(A4) What learns, and how fast."""
         light = [self.prompts] if self.adapters is None else list(self.adapters.parameters())
         word = lr1 * float(self.pos.ctx.detach().std()) / WORD_STD
         return [{"params": light, "lr": lr1}, {"params": [self.pos.ctx], "lr": word},
@@ -254,7 +252,7 @@ class FullModel(nn.Module):
             return v, self.fc(v), None
 
     def param_groups(self, lr1, lr2):
-        """(A5) What learns, and how fast."""
+        """(A4) What learns, and how fast."""
         return [{"params": self.fc.parameters(), "lr": lr1},
                 {"params": self.visual.parameters(), "lr": lr2, "weight_decay": 0.01}]
 
@@ -296,11 +294,11 @@ def warm_cosine(step, total):
 
 
 def start_phase(job, number, students, steps):
-    """What learns in a phase of so many steps: students, EMA copies (A4), optimiser."""
+    """What learns in a phase of so many steps: students, optimiser."""
     args = job.args
     if number == 2:
         students = nn.ModuleList(FullModel(job.full, job.t0, me) for me in students)
-    if "adam" in job.added:                                                     # (A5)
+    if "adam" in job.added:                                                     # (A4)
         groups = [g for student in students for g in student.param_groups(args.lr1, args.lr2)]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=job.device.type == "cuda")
     else:
@@ -308,9 +306,8 @@ def start_phase(job, number, students, steps):
         optimizer = torch.optim.SGD(learns, args.lr1 if number == 1 else args.lr2, momentum=0.9,
                                     weight_decay=5e-4)
     return SimpleNamespace(
-        number=number, students=students, teachers=copy.deepcopy(students).requires_grad_(False),
+        number=number, students=students, optimizer=optimizer, step=0,
         forward=[data.distributed(student) for student in students],    # averages gradients
-        optimizer=optimizer, step=0,
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warm_cosine, total=steps)))
 
 
@@ -334,16 +331,12 @@ def train_step(job, phase, batches, y, clean):
     skipped = job.scaler.get_scale() < scale
     if not skipped:
         phase.schedule.step()
-        averaged = phase.number == 2 and "ema" in job.added                     # (A4)
-        decay = min(0.99, phase.step / (phase.step + 9)) if averaged else 0.0
-        for teacher, v in zip(phase.teachers.parameters(), phase.students.parameters()):
-            teacher.lerp_(v.detach(), 1 - decay)
     return {"loss": sum(losses) / 2, "skipped": int(skipped)}
 
 
 @torch.no_grad()
 def part_way(job, models, steps):
-    """(A6) Moves the models of phase 2 back towards its start, weight by weight (WiSE-FT, arXiv
+    """(A5) Moves the models of phase 2 back towards its start, weight by weight (WiSE-FT, arXiv
     2109.01903): in few images, and so few steps, wrong labels are learnt by heart."""
     share = min(1.0, steps / WHOLE)
     for me in models:
@@ -363,8 +356,8 @@ def train_phase(job, number, students, view, labels, table):
     steps = min(epochs * len(loaders[0]), args.max_steps or math.inf)
     epochs, lesson = math.ceil(steps / len(loaders[0])), None
     phase = start_phase(job, number, students, max(1, steps))
-    parts = {"scaler": job.scaler, "students": phase.students, "teachers": phase.teachers,
-             "optimizer": phase.optimizer, "schedule": phase.schedule}
+    parts = {"scaler": job.scaler, "students": phase.students, "optimizer": phase.optimizer,
+             "schedule": phase.schedule}
     if run.state:
         state = run.restore(parts)
         phase.step, lesson = state["step"], state["lesson"]
@@ -387,18 +380,18 @@ def train_phase(job, number, students, view, labels, table):
         share = (1.0, float(judge))                     # in phase 2 p_clean stays
         if "views" in job.added:                        # (A1) means of this phase: p with the one
             share = 1 / (epoch + 2), judge / (epoch + 1)                # that it started from
-        table = predict(job, phase.teachers, looks, judge, table, share)
+        table = predict(job, phase.students, looks, judge, table, share)
         y_test, p_test = job.dataset.test.y_true, None
         if y_test is not None:
-            p_test = predict(job, phase.teachers, job.test, False, top=C).p.mean(dim=0)
+            p_test = predict(job, phase.students, job.test, False, top=C).p.mean(dim=0)
         run.report(phase=number, epoch=epoch + 1, **means,
                    accuracy=data.accuracy(p_test, y_test),
                    **diagnostics(table, lesson, judge, job.peers, images.y_true))
         run.checkpoint(parts, phase=number, epoch=epoch + 1, step=phase.step, table=tuple(table),
                        lesson=lesson)
-    if number == 2 and "part" in job.added:                                     # (A6)
-        part_way(job, phase.teachers, phase.step)
-    return table, phase.teachers
+    if number == 2 and "part" in job.added:                                     # (A5)
+        part_way(job, phase.students, phase.step)
+    return table, phase.students
 
 
 # ======== evaluation ========
@@ -595,7 +588,7 @@ def parse(argv=None):
     data.add_common(parser, "coft", 64, "images per step and student, of all processes")
     add = parser.add_argument
     add("--recipe", default="ours", metavar="R", help="paper (as published), ours, or a change of "
-        "one of them: ours-ema, paper+fresh+balance; the table ADDITIONS (%(default)s)")
+        "one of them: ours-fresh, paper+views+balance; the table ADDITIONS (%(default)s)")
     add("--peft", choices=["vpt", "adapter"], default="vpt", help="light visual modules: deep "
         "prompt tokens, or bottlenecks beside the MLPs (%(default)s)")
     add("--ctx", type=int, metavar="L", help="context words of the prompts, 0: the template's; "

@@ -16,8 +16,8 @@ Run:  python coft_plus.py                               the demo, offline; READM
       python coft_plus.py --data ./photos --classes cat,dog --prompts mine.json
 
 The paper does not say, so decided here, beyond coft.py: three rounds (ours: one, more gain nothing
-on its labels), temperature 0.1, a queue of half an epoch or 16 batches at most; classes without
-sentences get the template.
+on its labels), temperature 0.1, mu 0.99 at most, a queue of half an epoch or 16 batches at most;
+classes without sentences get the template.
 """
 import argparse
 import copy
@@ -37,20 +37,19 @@ import torch.nn.functional as F
 import clip
 import data
 
-# What `--recipe ours` adds to the paper or does otherwise, and where. `ours-ema` leaves one out,
+# What `--recipe ours` adds to the paper or does otherwise, and where. `ours-fresh` leaves one out,
 # `paper+views+balance` adds two.
 ADDITIONS = {
     "views":   "A1 labels from posteriors averaged over weak views and epochs: adapt, train_phase",
     "balance": "A2 labels from posteriors balanced over the classes: guess",
     "fresh":   "A3 labels, and so verdicts, anew each epoch of phase 2: train_phase",
-    "ema":     "A4 moving averages of phase 2's students label and predict: train_step",
-    "adam":    "A5 AdamW, rates relative to the size of words, not SGD: param_groups",
-    "part":    "A6 after a short phase 2 its encoders go only part of the way from CLIP: part_way",
-    "mix":     "A7 template and sentences are averaged, and the FC layer starts there: adapt",
+    "adam":    "A4 AdamW, rates relative to the size of words, not SGD: param_groups",
+    "part":    "A5 after a short phase 2 its encoders go only part of the way from CLIP: part_way",
+    "mix":     "A6 template and sentences are averaged, and the FC layer starts there: adapt",
 }
 VIEWS = 8           # (A1) of each image, for the first labels
 TOP = 16            # classes of an image that a table holds, see Table
-WHOLE = 300         # (A6) steps of phase 2 that take its encoders the whole way
+WHOLE = 300         # (A5) steps of phase 2 that take its encoders the whole way
 SETTINGS = {    # where no flag says otherwise: (tiny CLIPs, D < 512; OpenAI's models)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (4, 10), "epochs2": (4, 10),
@@ -155,7 +154,7 @@ def info_nce(q, k, queue, temperature=0.1):
 # ======== modules ========
 
 
-WORD_STD = 0.06     # of tiny's word vectors, for which (A5) lr1 and the noise were chosen
+WORD_STD = 0.06     # of tiny's word vectors, for which (A4) lr1 and the noise were chosen
 
 
 class Prompt(nn.Module):
@@ -202,15 +201,23 @@ class Adapter(nn.Module):
         return None if site == "qkv" else self.up(F.relu(self.down(h)))
 
 
-class Queue(nn.Module):
-    """Eq. (9): the last Q keys, first in, first out; at the start random directions."""
-    def __init__(self, Q, D):
+class Keys(nn.Module):
+    """Eq. (9), (10): an image encoder that follows a student's slowly makes the keys; the last Q of
+    them wait in a queue, first in, first out, random directions at the start."""
+    def __init__(self, visual, Q):
         super().__init__()
-        self.register_buffer("k", F.normalize(torch.randn(Q, D), dim=1))        # (Q, D) unit rows
+        self.visual = copy.deepcopy(visual).requires_grad_(False)
+        queue = F.normalize(torch.randn(Q, visual.output_dim), dim=1)
+        self.register_buffer("queue", queue)                                    # (Q, D) unit rows
 
     def push(self, k):
         """k (B, D) take the places of the B oldest."""
-        self.k.copy_(torch.cat([self.k, k])[-len(self.k):])
+        self.queue.copy_(torch.cat([self.queue, k])[-len(self.queue):])
+
+    def follow(self, visual, mu):
+        """Eq. (10)."""
+        for slow, fast in zip(self.visual.parameters(), visual.parameters()):
+            slow.lerp_(fast.detach(), 1 - mu)
 
 
 class Student(nn.Module):
@@ -242,7 +249,7 @@ class Student(nn.Module):
         return f, logits(f, t_pos, tau), logits(f, t_neg, tau)
 
     def param_groups(self, lr1, lr2):
-        """(A5) What learns, and how fast."""
+        """(A4) What learns, and how fast."""
         light = [self.prompts] if self.adapters is None else list(self.adapters.parameters())
         word = lr1 * float(self.pos.ctx.detach().std()) / WORD_STD
         return [{"params": light, "lr": lr1}, {"params": [self.pos.ctx], "lr": word},
@@ -268,7 +275,7 @@ class FullModel(nn.Module):
             return v, self.fc(v), None
 
     def param_groups(self, lr1, lr2):
-        """(A5) What learns, and how fast."""
+        """(A4) What learns, and how fast."""
         return [{"params": self.fc.parameters(), "lr": lr1},
                 {"params": self.visual.parameters(), "lr": lr2, "weight_decay": 0.01}]
 
@@ -310,25 +317,23 @@ def warm_cosine(step, total):
 
 
 def start_phase(job, number, students, steps):
-    """What learns in a phase of so many steps: students, EMA copies (A4), optimiser."""
+    """What learns in a phase of so many steps: students, keys, optimiser."""
     args = job.args
     if number == 2:
         students = nn.ModuleList(FullModel(job.full, job.t0, me) for me in students)
-    if "adam" in job.added:                                                     # (A5)
+    if "adam" in job.added:                                                     # (A4)
         groups = [g for student in students for g in student.param_groups(args.lr1, args.lr2)]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=job.device.type == "cuda")
     else:
         learns = [v for v in students.parameters() if v.requires_grad]
         optimizer = torch.optim.SGD(learns, args.lr1 if number == 1 else args.lr2, momentum=0.9,
                                     weight_decay=5e-4)
-    B, N, D = args.batch_size, len(job.dataset.train), job.full.visual.output_dim
-    Q = math.ceil(min(16, N / 2 / B)) * B
+    Q = args.batch_size * math.ceil(min(16, len(job.dataset.train) / 2 / args.batch_size))
+    keys = [Keys(me.visual, Q) for me in students] if number == 2 and args.gamma else []
     return SimpleNamespace(
-        queues=nn.ModuleList(Queue(Q, D) for _ in range(2) if args.gamma and number == 2
-                             ).to(job.device),
-        number=number, students=students, teachers=copy.deepcopy(students).requires_grad_(False),
+        number=number, students=students, optimizer=optimizer, step=0,
+        keys=nn.ModuleList(keys).to(job.device),
         forward=[data.distributed(student) for student in students],    # averages gradients
-        optimizer=optimizer, step=0,
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warm_cosine, total=steps)))
 
 
@@ -344,12 +349,13 @@ def train_step(job, phase, batches, y, clean):
         with job.autocast():
             v, *l = phase.forward[me](job.clip_model, x)                # (B, D); l+, l- (B, C)
         loss = total_loss(job, phase.number, *map(data.gather, l), target)
-        if phase.queues:                                # Eq. 8-10; keys have no gradient
+        if phase.keys:                                  # Eq. 8-10; keys have no gradient
+            keys = phase.keys[me]
             with torch.no_grad(), job.autocast():
-                k, *_ = phase.teachers[me](job.clip_model, x_key)               # (B, D)
+                k = keys.visual(x_key).float()                                  # (B, D)
             q, k = (F.normalize(data.gather(u), dim=-1) for u in (v, k))
-            loss = loss + job.args.gamma * info_nce(q, k, phase.queues[me].k.clone())
-            phase.queues[me].push(k)
+            loss = loss + job.args.gamma * info_nce(q, k, keys.queue.clone())
+            keys.push(k)
         job.scaler.scale(loss).backward()
         losses.append(loss.detach())
     job.scaler.step(phase.optimizer)                    # left out if fp16 overflowed,
@@ -358,16 +364,14 @@ def train_step(job, phase, batches, y, clean):
     skipped = job.scaler.get_scale() < scale
     if not skipped:
         phase.schedule.step()
-        averaged = phase.number == 2 and ("ema" in job.added or job.args.gamma)     # (A4)
-        decay = min(0.99, phase.step / (phase.step + 9)) if averaged else 0.0
-        for teacher, v in zip(phase.teachers.parameters(), phase.students.parameters()):
-            teacher.lerp_(v.detach(), 1 - decay)
+        for keys, student in zip(phase.keys, phase.students):
+            keys.follow(student.visual, min(0.99, phase.step / (phase.step + 9)))
     return {"loss": sum(losses) / 2, "skipped": int(skipped)}
 
 
 @torch.no_grad()
 def part_way(job, models, steps):
-    """(A6) Moves the models of phase 2 back towards its start, weight by weight (WiSE-FT, arXiv
+    """(A5) Moves the models of phase 2 back towards its start, weight by weight (WiSE-FT, arXiv
     2109.01903): in few images, and so few steps, wrong labels are learnt by heart."""
     share = min(1.0, steps / WHOLE)
     for me in models:
@@ -387,9 +391,8 @@ def train_phase(job, number, round, students, view, labels, table):
     steps = min(epochs * len(loaders[0]), args.max_steps or math.inf)
     epochs, lesson = math.ceil(steps / len(loaders[0])), None
     phase = start_phase(job, number, students, max(1, steps))
-    parts = {"scaler": job.scaler, "students": phase.students, "teachers": phase.teachers,
-             "optimizer": phase.optimizer, "schedule": phase.schedule, "queues": phase.queues}
-    models = phase.teachers if "ema" in job.added else phase.students           # (A4)
+    parts = {"scaler": job.scaler, "students": phase.students, "optimizer": phase.optimizer,
+             "schedule": phase.schedule, "keys": phase.keys}
     if run.state:
         state = run.restore(parts)
         phase.step, lesson = state["step"], state["lesson"]
@@ -404,7 +407,7 @@ def train_phase(job, number, round, students, view, labels, table):
                 lesson[1][:, job.known] = True
         y, clean = lesson                                                       # (2, N) each
         for loader, mine in zip(loaders, clean):        # batches of clean images, or for Eq. 8 all
-            loader.sampler.among = [] if phase.queues else mine.nonzero()[:, 0].tolist()
+            loader.sampler.among = [] if phase.keys else mine.nonzero()[:, 0].tolist()
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
                                  f"phase {number} round {round + 1} epoch {epoch + 1}/{epochs}",
                                  steps - phase.step):
@@ -413,18 +416,18 @@ def train_phase(job, number, round, students, view, labels, table):
         share = (1.0, float(judge))                     # in phase 2 p_clean stays
         if "views" in job.added:                        # (A1) means of this phase: p with the one
             share = 1 / (epoch + 2), judge / (epoch + 1)                # that it started from
-        table = predict(job, models, looks, judge, table, share)
+        table = predict(job, phase.students, looks, judge, table, share)
         y_test, p_test = job.dataset.test.y_true, None
         if y_test is not None:
-            p_test = predict(job, models, job.test, False, top=C).p.mean(dim=0)
+            p_test = predict(job, phase.students, job.test, False, top=C).p.mean(dim=0)
         run.report(phase=number, round=round + 1, epoch=epoch + 1, **means,
                    accuracy=data.accuracy(p_test, y_test),
                    **diagnostics(table, lesson, judge, job.peers, images.y_true))
         run.checkpoint(parts, phase=number, round=round, epoch=epoch + 1, step=phase.step,
                        table=tuple(table), labels=labels, lesson=lesson)
-    if number == 2 and "part" in job.added:                                     # (A6)
-        part_way(job, models, phase.step)
-    return table, models
+    if number == 2 and "part" in job.added:                                     # (A5)
+        part_way(job, phase.students, phase.step)
+    return table, phase.students
 
 
 # ======== evaluation ========
@@ -609,7 +612,7 @@ def adapt(args):
     written = load_prompts(path, names) if path else [[] for _ in names]        # section 3.3.3
     run.say(f"sentences about the classes: {path or 'none'}")
     prompts = [[template.format(c) for template in dataset.templates] for c in names]
-    texts = [a + b if "mix" in added else b or a for a, b in zip(prompts, written)]     # (A7)
+    texts = [a + b if "mix" in added else b or a for a, b in zip(prompts, written)]     # (A6)
     t0 = clip.zeroshot_classifier(clip_model, texts)                            # (C, D)
     job.t0 = clip.zeroshot_classifier(job.full, texts if "mix" in added else prompts)
     zero = data.accuracy(zero_shot(job, t0, job.test), dataset.test.y_true)
@@ -651,7 +654,7 @@ def parse(argv=None):
     data.add_common(parser, "coft_plus", 64, "images per step and student, of all processes")
     add = parser.add_argument
     add("--recipe", default="ours", metavar="R", help="paper (as published), ours, or a change of "
-        "one of them: ours-ema, paper+fresh+balance; the table ADDITIONS (%(default)s)")
+        "one of them: ours-fresh, paper+views+balance; the table ADDITIONS (%(default)s)")
     add("--peft", choices=["vpt", "adapter"], default="vpt", help="light visual modules: deep "
         "prompt tokens, or bottlenecks beside the MLPs (%(default)s)")
     add("--ctx", type=int, metavar="L", help="context words of the prompts, 0: the template's; "

@@ -1137,9 +1137,9 @@ def test_recipe():
     every = set(coft.ADDITIONS)
     assert data.recipe("paper", coft.ADDITIONS) == ("paper", set())
     assert data.recipe("ours", coft.ADDITIONS) == ("ours", every)
-    assert data.recipe("ours-ema-fresh", coft.ADDITIONS) == ("ours", every - {"ema", "fresh"})
-    assert data.recipe("paper+ema", coft.ADDITIONS) == ("paper", {"ema"})
-    for text in ("theirs", "ours-", "paper+bananas", "ours+ema", "paper-ema", ""):
+    assert data.recipe("ours-part-fresh", coft.ADDITIONS) == ("ours", every - {"part", "fresh"})
+    assert data.recipe("paper+part", coft.ADDITIONS) == ("paper", {"part"})
+    for text in ("theirs", "ours-", "paper+bananas", "ours+part", "paper-part", ""):
         with pytest.raises(data.DataError, match=f"--recipe {re.escape(text)}: expected paper, t"):
             data.recipe(text, coft.ADDITIONS)
     assert set(coft_plus.ADDITIONS) > every
@@ -1216,7 +1216,7 @@ def test_full_model_is_an_fc_layer_on_a_fresh_encoder(frozen):    # Eq. (7)
     assert not any(v.requires_grad for v in model.judge.parameters())
 
 
-def test_part_way(frozen, monkeypatch, capsys):         # (A6)
+def test_part_way(frozen, monkeypatch, capsys):         # (A5)
     t0, run = unit(3, 64), data.Run.__new__(data.Run)
     job = SimpleNamespace(full=frozen, t0=t0, run=run)
     monkeypatch.setattr(coft, "WHOLE", 300)
@@ -1537,14 +1537,27 @@ def test_info_nce_is_the_plain_loop():                  # Eq. (8)
 
 def test_queue_is_first_in_first_out():                 # Eq. (9)
     torch.manual_seed(0)
-    queue, sent = coft_plus.Queue(6, 3), []
-    torch.testing.assert_close(queue.k.norm(dim=1), torch.ones(6))      # rows, not columns
+    visual, sent = torch.nn.Linear(2, 1), []
+    visual.output_dim = 3
+    keys = coft_plus.Keys(visual, 6)
+    torch.testing.assert_close(keys.queue.norm(dim=1), torch.ones(6))   # rows, not columns
     for _ in range(5):
         k = unit(4, 3)
-        queue.push(k)
+        keys.push(k)
         sent += list(k)
         for k, at in zip(sent[-6:], range(6 - min(6, len(sent)), 6)):
-            assert torch.equal(queue.k[at], k)
+            assert torch.equal(keys.queue[at], k)
+
+
+def test_keys_follow_the_student():                     # Eq. (10)
+    visual = torch.nn.Linear(2, 1)
+    visual.output_dim = 3
+    keys = coft_plus.Keys(visual, 6)
+    start = keys.visual.weight.clone()
+    visual.weight.data += 1.0                           # keys has a copy
+    keys.follow(visual, 0.9)
+    torch.testing.assert_close(keys.visual.weight, start + 0.1)
+    assert not keys.visual.weight.requires_grad
 
 
 def test_texts_are_the_mean_of_the_sentences(frozen):  # section 3.3.3
@@ -1577,7 +1590,7 @@ def test_contrast_in_phase_2(frozen, monkeypatch):      # Eq. (8)-(10)
     args.lr1 = args.lr2 = 1e-3
     students = torch.nn.ModuleList(coft_plus.Student(frozen, shapes.SHAPES, "a {}.", args)
                                    for _ in range(2))
-    assert not coft_plus.start_phase(job, 1, students, 5).queues        # phase 2 alone
+    assert not coft_plus.start_phase(job, 1, students, 5).keys          # phase 2 alone
     phase = coft_plus.start_phase(job, 2, students, 5)
     plain, nce = coft_plus.total_loss, coft_plus.info_nce
     monkeypatch.setattr(coft_plus, "total_loss", lambda *a: 0 * plain(*a))  # the contrast, alone
@@ -1586,13 +1599,13 @@ def test_contrast_in_phase_2(frozen, monkeypatch):      # Eq. (8)-(10)
     y, clean = torch.zeros(2, 8, dtype=torch.long), torch.zeros(2, 8, dtype=torch.bool)
     with torch.no_grad():
         q, k = (F.normalize(frozen.encode_image(v), dim=-1) for v in (x, x_key))
-    before = phase.queues[0].k.clone()
+    before = phase.keys[0].queue.clone()
     found = coft_plus.train_step(job, phase, [(x, x_key, i)] * 2, y, clean)["loss"]
     want = sum(float(nce(*a).detach()) for a in sent) / 2
     assert float(found) == pytest.approx(0.5 * want)    # gamma
     torch.testing.assert_close(sent[0][0], q)
     torch.testing.assert_close(sent[0][1], k)
-    assert torch.equal(sent[0][2], before) and torch.equal(phase.queues[0].k[-4:], sent[0][1])
+    assert torch.equal(sent[0][2], before) and torch.equal(phase.keys[0].queue[-4:], sent[0][1])
     assert phase.students[0].visual.proj.grad.any() and not sent[0][1].requires_grad
 
 
@@ -1635,9 +1648,9 @@ def test_plus_run_folder(little, tmp_path, capsys, monkeypatch):
     assert [(e["phase"], e["round"]) for e in epochs] == [(1, 1), (1, 2), (2, 1)]
     assert epochs[0]["kept"] <= 0.35 and all(math.isfinite(e["loss"]) for e in epochs)
     assert "demo.json" in capsys.readouterr().out
-    queues = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["queues"]
-    assert queues["0.k"].shape == (64, 64)              # 100 images: two batches of 32
-    assert not torch.equal(queues["0.k"], queues["1.k"])
+    keys = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["keys"]
+    assert keys["0.queue"].shape == (64, 64)            # 100 images: two batches of 32
+    assert not torch.equal(keys["0.queue"], keys["1.queue"])
     monkeypatch.chdir(tmp_path)
     Path("mine.json").write_text(json.dumps({c: [f"a drawing of a {c}"] for c in shapes.SHAPES}))
     assert run(tmp_path / "mine", "--prompts", "mine.json", "--max-steps", 1, script=coft_plus) == 0

@@ -7,11 +7,11 @@
     python .ci/bench.py --scale 10000,100000,1281167        the tables of so many images
     python .ci/bench.py --estimate --amp bf16               GPU memory of phase 2, in parts
 
-Every row is timed on the script's own train_step, from uint8 pixels in (pinned) memory to the EMA
-update; decoding is left out. The baseline, `Usual`, is the same
-training step as it is usually written: texts of 77 tokens, attention as an explicit softmax, no
-checkpointing, a frozen CLIP per model. "of peak": the floating point operations of a step, those
-that are done again for checkpointing among them, per second, divided by the chip's dense bf16 rate.
+Every row is timed on the script's own train_step, from uint8 pixels in (pinned) memory to the
+optimiser's step; decoding is left out. The baseline, `Usual`, is the same training step as it is
+usually written: texts of 77 tokens, attention as an explicit softmax, no checkpointing, a frozen
+CLIP per model. "of peak": the floating point operations of a step, those that are done again for
+checkpointing among them, per second, divided by the chip's dense bf16 rate.
 
 B images per step and model, C classes, D embedding, H heads, L context tokens, n texts, T tokens,
 W width.
@@ -299,9 +299,9 @@ def kept(visual, B, dtype):
 
 
 def estimate(arch, B, dtype):
-    """Prints GB of phase 2: CLIP; of both students weights, gradients, Adam's two means and the EMA
-    copy; what the backward pass of one student's B images keeps, of one block more if the others
-    are computed again."""
+    """Prints GB of phase 2: CLIP; of both students weights, gradients, Adam's two means; what the
+    backward pass of one student's B images keeps, of one block more if the others are computed
+    again."""
     e, r, vl, vw, p, length, words, tw, th, tl = ARCHS[arch]
     model, GB = clip.CLIP(e, r, vl, vw, p, length, words, tw, th, tl), 2**30
     visual, found = model.visual, {}
@@ -312,7 +312,7 @@ def estimate(arch, B, dtype):
         found[visual.checkpointing] = one - image + B * image       # casts once
     more = found[False] / vl
     for again, gb in ((False, found[False]), (True, found[True] + more)):
-        parts = [4 * weights / GB, 2 * 5 * 4 * tower / GB, gb / GB]
+        parts = [4 * weights / GB, 2 * 4 * 4 * tower / GB, gb / GB]
         print(f"| {arch} | {B} | {'yes' if again else 'no'} | "
               f"{' | '.join(f'{v:.2f}' for v in [*parts, sum(parts)])} |", flush=True)
 
