@@ -1522,7 +1522,7 @@ def test_demo_gains(tmp_path, monkeypatch):
 
 # ======== coft_plus.py ========
 
-PLUS = [*SHORT, "--epochs1", "1", "--epochs2", "1", "--rounds", "2"]
+PLUS = [*SHORT, "--epochs1", "1", "--epochs2", "1", "--rounds", "2", "--gamma", "0.1"]
 
 
 def test_info_nce_is_the_plain_loop():                  # Eq. (8)

@@ -20,7 +20,7 @@ ours, each method a function; what stands in brackets the authors have otherwise
                 labels at all, no EMA]
     deft        DeFT, arXiv 2409.19696, whose noisy labels are the zero-shot ones: a negative prompt
                 says which are clean, then all of the image encoder learns from those
-    supervised  the same full fine-tuning with the true labels: the ceiling
+    supervised  the same full fine-tuning with the true labels: the ceiling; --shots: of few images
 
 The encoder learns at coft.py's --lr2, tokens and classifiers at its --lr1; prompts start at the
 template's words, classifiers at the text features. `SETTINGS` that are not the authors' were chosen
@@ -363,6 +363,7 @@ def supervised(job):
     if job.dataset.train.y_true is None:
         raise data.DataError("`supervised` needs the labels of the training images")
     model, loader, y = Tuned(job), loader_of(job, job.weak), job.dataset.train.y_true.to(job.device)
+    loader.sampler.among = data.few_shot(y.cpu(), job.args.shots, job.args.seed).tolist()
     fit(job, model.groups, EPOCHS, lambda: loader,
         lambda x, i: {"loss": F.cross_entropy(model(job, x), y[i])},
         lambda: table(job.test, partial(model, job)))
@@ -412,6 +413,7 @@ def main(argv=None):
     parser.add_argument("method", choices=METHODS)
     data.add_common(parser, "peers", 64)
     parser.add_argument("--prompts", help="JSON of sentences for each class: lafter's texts")
+    parser.add_argument("--shots", type=int, default=0, help="supervised: of so many per class")
     return data.command_line(adapt, parser.parse_args(argv))
 
 
