@@ -22,7 +22,7 @@ won by the first two: labels are means over many random views of an image, balan
 Equation numbers are the paper's. B batch, C classes, D embedding, L context tokens, N images,
 P visual tokens, T tokens of a text, W width; tau = exp(logit_scale); f and t are unit vectors.
 
-Run:  python coft.py                                    the demo, offline; 4 minutes on one core
+Run:  python coft.py                                    the demo, offline; 2 minutes on two cores
       python coft.py --data ./oxford_pets               real data with OpenAI's CLIP: not measured
       python coft.py --data ./photos --classes cat,dog  a folder of unlabelled photos
 

@@ -36,7 +36,7 @@ DRAWN = {   # name: (style, classes, training images of the first class, of the 
     "coloured, 20": ("neon", [c for c in COLOURED if c.split()[0] in ("red", "blue")], 25, 25),
     "coloured, 100": ("slanted", COLOURED, 20, 20),
     "coloured, 100, 10:1": ("narrow", COLOURED, 40, 4),
-    # after A6 was settled; nothing was chosen on these six
+    # after A5 was settled; nothing was chosen on these six
     "new: ten, ten each": ("quilt", list(shapes.SHAPES), 10, 10),
     "new: ten, 20 to 4": ("turned", list(shapes.SHAPES), 20, 4),
     "new: three": ("crowd", ["triangle", "arrow", "star"], 30, 30),
