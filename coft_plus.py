@@ -16,7 +16,7 @@ Run:  python coft_plus.py                               the demo, offline; READM
       python coft_plus.py --data ./photos --classes cat,dog --prompts mine.json
 
 `--recipe ours` takes the sentences, but one round and gamma 0: on its labels more rounds and the
-contrast gained nothing on any world. Without sentences it is coft.py.
+contrast as published lost on each world tried (.ci/results.md). Without sentences it is coft.py.
 
 The paper does not say, so decided here, beyond coft.py: three rounds, gamma 0.1, temperature 0.1,
 mu 0.99 at most, a queue of half an epoch or 16 batches at most; classes without sentences get the
