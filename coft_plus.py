@@ -36,6 +36,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")   # before torch is imported: RE
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.transforms.functional import five_crop
 
 import clip
 import data
@@ -48,7 +49,9 @@ ADDITIONS = {
     "fresh":   "A3 labels, and so verdicts, anew each epoch of phase 2: train_phase",
     "adam":    "A4 AdamW, rates relative to the size of words, not SGD: param_groups",
     "part":    "A5 after a short phase 2 its encoders go only part of the way from CLIP: part_way",
-    "mix":     "A6 template and sentences are averaged, and the FC layer starts there: adapt",
+    "crops":   "A6 the models predict the mean over five crops of an image: five_crops",
+    "soft":    "A7 phase 2 cuts no label, each weighs what the peer gives it: select_clean",
+    "mix":     "A8 template and sentences are averaged, and the FC layer starts there: adapt",
 }
 VIEWS = 8           # (A1) of each image, for the first labels
 TOP = 16            # classes of an image that a table holds, see Table
@@ -104,7 +107,7 @@ def pseudo_labels(p0, index, C, K):
 
 def loss_cls(l_pos, y, clean):
     """Eq. (4), (7): mean of -log softmax(l+)_y over the clean images; 0 if there are none.
-    l_pos (B, C), y (B,), clean (B,) bool."""
+    l_pos (B, C), y (B,), clean (B,) bool or (A7) weights."""
     loss = F.cross_entropy(l_pos, y, reduction="none")                          # (B,)
     return (loss * clean).sum() / clean.sum().clamp(min=1)
 
@@ -126,6 +129,14 @@ def complementary_labels(y, C):
     """ybar of Eq. (6): any of the other C - 1 classes, all as likely (y itself if C = 1).
     y (B,) -> (B,)."""
     return (y + torch.randint(1, max(2, C), y.shape)) % C
+
+
+def five_crops(x):
+    """(A6) The corners and the centre, 0.9 of the sides (the mean of the weak views), as large as
+    before. (B, 3, R, R) -> (5 B, 3, R, R)."""
+    R = x.shape[-1]
+    return torch.cat([F.interpolate(crop, (R, R), mode="bicubic", antialias=True)
+                      for crop in five_crop(x, round(0.9 * R))])
 
 
 def balanced(p, index, C):
@@ -294,15 +305,18 @@ def guess(job, table):
                         for p, index in zip(table.p, table.index)])
 
 
-def select_clean(phase, p, table, labels, peers):
-    """What each student is taught next: labels y (2, N) and which are clean (2, N) bool.
+def select_clean(phase, p, table, labels, peers, soft=False):
+    """What each student is taught next: labels y (2, N) and which are clean (2, N): bool, or (A7)
+    weights.
 
     Phase 1: `labels`, y and S*, (2, N) each, as they are. Phase 2, section 3.2.2: the student's own
-    labels of all images, by p (2, N, H), as the peer lets them pass, p_clean_y > 1/2."""
+    labels of all images, by p (2, N, H), as the peer lets them pass, p_clean_y > 1/2; (A7) all,
+    each weighs the peer's p_y p_clean_y."""
     if phase == 1:
         return labels
     y, peers = labels_of(p, table.index), list(peers)                           # (2, N)
-    return y, at(table.p_clean[peers], table.index[peers], y) > 0.5
+    p_y, p_clean_y = (at(v[peers], table.index[peers], y) for v in (p, table.p_clean))
+    return y, p_y * p_clean_y if soft else p_clean_y > 0.5
 
 
 def total_loss(job, phase, l_pos, l_neg, target):
@@ -405,7 +419,8 @@ def train_phase(job, number, round, students, view, labels, table):
         images.view(view), epoch=first, seed=4 * args.seed + number + 1000 * round)
     for epoch in range(first, epochs):
         if lesson is None or number == 1 or "fresh" in job.added:               # (A3)
-            lesson = select_clean(number, guess(job, table), table, labels, job.peers)
+            lesson = select_clean(number, guess(job, table), table, labels, job.peers,
+                                  "soft" in job.added)
             if args.shots:                              # section 4.4: their true labels
                 lesson[0][:, job.known] = images.y_true[job.known]
                 lesson[1][:, job.known] = True
@@ -456,9 +471,10 @@ def zero_shot(job, t0, loader):
 
 
 @torch.no_grad()
-def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=TOP):
-    """The `Table` of all images, on the CPU: softmax, p_clean of the models' judges (1 without).
-    before: a table of them, which moves by `share` of (p, p_clean) towards the new one."""
+def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=TOP, crops=False):
+    """The `Table` of all images, on the CPU: softmax, p_clean of the models' judges (1 without);
+    crops: means over five. before: a table of them, which moves by `share` of (p, p_clean) towards
+    the new one."""
     judges = [getattr(me, "judge", me) for me in models]                        # phase 1: itself
     with job.autocast():
         texts = [one.texts(job.clip_model) for one in judges]                   # (C, D) each
@@ -466,13 +482,16 @@ def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=
     p, p_clean = torch.zeros(2, M, loader.N, min(C, top))                       # (M, N, H) each
     index = torch.zeros(p.shape, dtype=torch.int32)
     for x, i in loader:                                                         # (B, 3, R, R), (B,)
+        x = five_crops(x) if crops else x                                       # (V B, 3, R, R)
         for m, me in enumerate(models):
             with job.autocast():
-                _, l_pos, l_neg = me(job.clip_model, x, texts[m])               # (B, C) each
-                new = l_pos.softmax(dim=1).cpu()
+                _, l_pos, l_neg = me(job.clip_model, x, texts[m])               # (V B, C) each
+                new = l_pos.softmax(dim=1)
                 if judge and me is not judges[m]:
                     _, l_pos, l_neg = judges[m](job.clip_model, x, texts[m])
-            clean = log_p_clean(l_pos, l_neg)[0].exp().cpu() if judge else torch.ones_like(new)
+            clean = log_p_clean(l_pos, l_neg)[0].exp() if judge else torch.ones_like(new)
+            new, clean = (v.unflatten(0, (-1, len(i))).mean(dim=0).cpu()        # over the V views
+                          for v in (new, clean))
             if before:
                 new, clean = (                                                  # (B, C) each
                     torch.zeros(len(i), C).scatter(1, before.index[m, i].long(), old[m, i])
@@ -508,15 +527,17 @@ def diagnostics(table, lesson, judge, peers, y_true):
     """How good the filter is, means over both students.
 
     Of the labels just learnt from: kept, the share that is clean; unfiltered and precision, how
-    many are right of all and of the clean ones. Of those that each student would give now:
-    shared_errors, how many of the first one's wrong labels the second one gives too; if p_clean is
-    of now (judge), auroc of the peer's p_clean and, of the same peer and labels, auroc_softmax."""
+    many are right of all and of the clean ones; (A7) by weight. Of those that each student would
+    give now: shared_errors, how many of the first one's wrong labels the second one gives too; if
+    p_clean is of now (judge), auroc of the peer's p_clean and, of the same peer and labels,
+    auroc_softmax."""
     y, clean = lesson                                                   # (2, N) each
     facts = {"kept": clean.double().mean()}
     if y_true is not None:                                              # diagnostics only
         right, labels = y == y_true, labels_of(table.p, table.index)    # (2, N) each
         wrong = labels[0] != y_true                                     # (N,)
-        facts |= {"precision": right[clean].double().mean(), "unfiltered": right.double().mean(),
+        facts |= {"precision": (right * clean).sum() / clean.sum(),
+                  "unfiltered": right.double().mean(),
                   "shared_errors": (labels[0] == labels[1])[wrong].double().mean()}
         for key, v in (("auroc", table.p_clean), ("auroc_softmax", table.p)) if judge else ():
             given = at(v[list(peers)], table.index[list(peers)], labels)        # (2, N)
@@ -530,10 +551,12 @@ def diagnostics(table, lesson, judge, peers, y_true):
 
 class Adapted(nn.Module):
     """What a run learnt: preprocessed images (B, 3, R, R) -> probabilities of the classes (B, C),
-    the mean of both students'. Has .class_names, and .preprocess: PIL image -> (3, R, R)."""
+    the mean of both students' and (A6) of five crops. Has .class_names, and .preprocess: PIL image
+    -> (3, R, R)."""
     def __init__(self, saved, clip_model, full, preprocess=None):
         super().__init__()
         self.class_names, self.preprocess = saved["class_names"], preprocess
+        self.crops = "crops" in data.recipe(saved["recipe"], ADDITIONS)[1]
         self.clip_model, weights = clip_model, saved["models"]
         self.models = nn.ModuleList(
             Student(clip_model, self.class_names, saved["templates"][0],
@@ -545,7 +568,9 @@ class Adapted(nn.Module):
         self.to(clip_model.logit_scale.device).requires_grad_(False)
 
     def forward(self, x):
-        return sum(me(self.clip_model, x)[1].softmax(dim=1) for me in self.models) / 2
+        views = five_crops(x) if self.crops else x                      # (V B, 3, R, R)
+        p = sum(me(self.clip_model, views)[1].softmax(dim=1) for me in self.models) / 2
+        return p.unflatten(0, (-1, len(x))).mean(dim=0)
 
 
 def load(path, device="cpu", weights=None):
@@ -575,7 +600,7 @@ def finish(job, models, zero=None):
     """The files of the run folder. Returns the summary."""
     args, run, test, names = job.args, job.run, job.dataset.test, job.dataset.class_names
     def judge():
-        table = predict(job, models, job.test, top=len(names))
+        table = predict(job, models, job.test, top=len(names), crops="crops" in job.added)  # (A6)
         return torch.stack([table.p, table.p_clean]).mean(dim=1)                # (2, N, C)
     p, p_clean = judge() if args.load else data.save_model(                     # (N, C) each
         job, models, judge, recipe=args.recipe, student=args.student,
@@ -606,6 +631,7 @@ def adapt(args):
     job.peers = (0, 1) if args.judge == "self" else (1, 0)
     job.full = data.second_clip(job.saved["student"] if args.load else args.student, clip_model)
     if args.load:
+        job.added = data.recipe(job.saved["recipe"], ADDITIONS)[1]
         return finish(job, Adapted(job.saved, clip_model, job.full).models)
     if args.peft == "vpt" and not hasattr(clip_model.visual, "transformer"):
         raise data.DataError("--peft vpt needs a ViT; a ResNet takes --peft adapter")
@@ -616,7 +642,7 @@ def adapt(args):
     written = load_prompts(path, names) if path else [[] for _ in names]        # section 3.3.3
     run.say(f"sentences about the classes: {path or 'none'}")
     prompts = [[template.format(c) for template in dataset.templates] for c in names]
-    texts = [a + b if "mix" in added else b or a for a, b in zip(prompts, written)]     # (A6)
+    texts = [a + b if "mix" in added else b or a for a, b in zip(prompts, written)]     # (A8)
     t0 = clip.zeroshot_classifier(clip_model, texts)                            # (C, D)
     job.t0 = clip.zeroshot_classifier(job.full, texts if "mix" in added else prompts)
     zero = data.accuracy(zero_shot(job, t0, job.test), dataset.test.y_true)

@@ -1026,6 +1026,22 @@ def test_table_of_many_classes():
         assert torch.equal(found, wanted)
 
 
+def test_five_crops():                                  # (A6)
+    x, model = golden_images(3, 32), clip.load("tiny")[0].requires_grad_(False)
+    crops = [F.interpolate(x[..., top:top + 29, left:left + 29], (32, 32), mode="bicubic",
+                           antialias=True) for top, left in ((0, 0), (0, 3), (3, 0), (3, 3), (2, 2))]
+    assert torch.equal(coft.five_crops(x), torch.cat(crops))
+
+    class Loader(list):
+        N = 3
+    loader, zero = Loader([(x[:2], torch.tensor([0, 1])), (x[2:], torch.tensor([2]))]), (
+        coft.ZeroShot(unit(10, 64)))
+    job = SimpleNamespace(autocast=nullcontext, clip_model=model)
+    table = coft.predict(job, [zero], loader, False, crops=True)
+    want = sum(zero(model, crop)[1].softmax(dim=1) for crop in crops) / 5
+    torch.testing.assert_close(table.p[0], want)
+
+
 def test_eq_4_6_losses():
     torch.manual_seed(0)
     l_pos, l_neg = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
@@ -1112,6 +1128,11 @@ def test_diagnostics_are_plain_loops():
         want[key] = sum(each) / 2
     assert found == pytest.approx(want, abs=1e-4)
     assert coft.diagnostics(table, (y, clean), True, (1, 0), None).keys() == {"kept"}
+    weight = torch.rand(2, 40, generator=g)             # (A7)
+    soft = coft.diagnostics(table, (y, weight), True, (1, 0), y_true)
+    assert soft["kept"] == pytest.approx(float(weight.mean()), abs=1e-4)
+    assert soft["precision"] == pytest.approx(sum(float(weight[mn]) for mn in pairs if right[mn])
+                                              / float(weight.sum()), abs=1e-4)
     frozen_judge = coft.diagnostics(table, (y, clean), False, (1, 0), y_true)
     assert frozen_judge == {k: v for k, v in found.items() if "auroc" not in k}
 
@@ -1131,6 +1152,11 @@ def test_who_labels_and_who_judges():                   # section 3.2.2
         assert y[me] == [int(p[me, n, 1] > p[me, n, 0]) for n in range(3)]
         assert clean[me] == [int(p_clean[peer, n, y[me][n]] > 0.5) for n in range(3)]
     assert select(2, peers=(0, 1)) == ([[0, 0, 1], [1, 0, 1]], [[1, 0, 0], [1, 1, 1]])
+    table = coft.Table(p, p_clean, all_classes(p))      # (A7)
+    y, weight = coft.select_clean(2, p, table, labels, (1, 0), soft=True)
+    for me, peer in ((0, 1), (1, 0)):
+        assert weight[me].tolist() == [p[peer, n, k] * p_clean[peer, n, k]
+                                       for n, k in enumerate(y[me].tolist())]
 
 
 def test_recipe():
@@ -2339,6 +2365,7 @@ def test_copies_are_the_same():
     for name, scripts in (("main", MODULES), ("diagnostics", ("coft", "coft_plus")),
                           ("total_loss", ("coft", "coft_plus")), ("Prompt", ("coft", "coft_plus")),
                           ("guess", ("coft", "coft_plus")), ("predict", ("coft", "coft_plus")),
+                          ("five_crops", ("coft", "coft_plus")),
                           ("select_clean", ("coft", "coft_plus")),
                           ("FullModel", ("coft", "coft_plus")),
                           ("Adapted", ("coft", "coft_plus")), ("finish", ("coft", "coft_plus"))):
@@ -2516,7 +2543,7 @@ def test_odd_data(little, drawn, tmp_path, capsys, monkeypatch):
                    objective, script=pa) == 0
         assert "NaN" not in (out / "log.jsonl").read_text()
     select = coft.select_clean
-    monkeypatch.setattr(coft, "select_clean", lambda *a: (select(*a)[0], select(*a)[1] & False))
+    monkeypatch.setattr(coft, "select_clean", lambda *a: (select(*a)[0], 0 * select(*a)[1]))
     assert run(tmp_path / "none", "--max-steps", 1) == 0            # nothing is called clean
     assert [e["kept"] for e in epochs_of(tmp_path / "none") if "kept" in e] == [0, 0]
 
