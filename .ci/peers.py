@@ -5,8 +5,9 @@
     python .ci/peers.py lafter --data demo:narrow --prompts prompts/demo.json
 
 All get what coft.py gets: the same CLIP, images, views and batches, 10 epochs of N/B steps
-(deft 6 + 4), AdamW with its warm-up and cosine, the last epoch; one run is one seed. The code is
-ours, each method a function; what stands in brackets the authors have otherwise.
+(deft 6 + 4), AdamW with its warm-up and cosine, the last epoch; one run is one seed; `accuracy` is
+of five crops, as coft.py's, the rest of plain images. The code is ours, each method a function;
+what stands in brackets the authors have otherwise.
 
     upl         UPL, arXiv 2204.03649: CLIP's 16 surest images of each class teach a prompt [one
                 prompt, no average of several seeds' or of several CLIPs' labels]
@@ -178,6 +179,15 @@ def table(loader, function):
     return torch.cat([function(x).cpu() for x, _ in loader])
 
 
+def posteriors(job, classify, crops):
+    """softmax of classify(x) -> l (B, C) for all test images, (N, C); crops: as coft.py predicts,
+    the mean over five of each image."""
+    def p(x):
+        l = classify(coft_plus.five_crops(x) if crops else x)                   # (V B, C)
+        return l.softmax(dim=1).unflatten(0, (-1, len(x))).mean(dim=0)          # (B, C)
+    return table(job.test, p)
+
+
 def loader_of(job, *views):
     """Shuffled batches (x, ..., index) of views of the training images, N // B of them."""
     return job.load(job.dataset.train.view(*views), shuffle=True, drop_last=True,
@@ -186,7 +196,7 @@ def loader_of(job, *views):
 
 def fit(job, groups, epochs, batches, step, classify):
     """Epochs of N // B steps with AdamW. batches() has an epoch's; step(*batch) gives the loss and
-    what else the log shows; classify() gives l or p (N, C) of the test images."""
+    what else the log shows; classify(x) gives l (B, C)."""
     run, B, total = job.run, job.B, epochs * job.steps
     total = min(total, job.args.max_steps or total)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -203,10 +213,9 @@ def fit(job, groups, epochs, batches, step, classify):
             run.rows.append({k: v.detach() for k, v in facts.items()}
                             | {"skipped": int(job.scaler.get_scale() < scale)})
         job.epoch += 1
-        with torch.no_grad():
-            job.p_test = classify()                                             # (N, C)
-        run.report(epoch=job.epoch, **run.means("the rates"),
-                   accuracy=data.accuracy(job.p_test, job.dataset.test.y_true))
+        run.report(epoch=job.epoch, **run.means("the rates"), accuracy=data.accuracy(
+            posteriors(job, classify, False), job.dataset.test.y_true))
+    job.classify = classify
 
 
 def fit_prompt(job, prompt, group, epochs, pairs, loss):
@@ -229,12 +238,11 @@ def fit_prompt(job, prompt, group, epochs, pairs, loss):
     def step(f, target):
         return {"loss": loss(job.tau * f @ texts(job, prompt).T, target)}
 
-    def posterior(f):
-        return (job.tau * f.to(job.device) @ texts(job, prompt).T).softmax(dim=1).cpu()
-
-    fit(job, [group], epochs, batches, step, lambda: posterior(job.f_test))
+    fit(job, [group], epochs, batches, step,
+        lambda x: job.tau * features(job, x) @ texts(job, prompt).T)
     with torch.no_grad():
-        return posterior(job.f_train)
+        t = texts(job, prompt)                                                  # (C, D)
+        return (job.tau * job.f_train.to(job.device) @ t.T).softmax(dim=1).cpu()
 
 
 # ======== methods ========
@@ -290,8 +298,9 @@ def lafter(job):
         optimizer.step()
     teacher = classifier.detach().clone()                                       # (C, D)
     tokens, group = new_tokens(job)
+    p = posteriors(job, lambda x: features(job, x) @ teacher.T, False)          # (N, C)
     job.run.say(f"classifier of {len(t)} texts: accuracy "
-                f"{data.accuracy(job.f_test @ teacher.T.cpu(), job.dataset.test.y_true)}")
+                f"{data.accuracy(p, job.dataset.test.y_true)}")
 
     def step(weak, strong, i):
         with torch.no_grad():
@@ -299,12 +308,10 @@ def lafter(job):
         l = job.tau * features(job, strong, tokens=tokens) @ classifier.T       # (B, C)
         return {"loss": cross_entropy(l, y)}
 
-    def classify():
-        return table(job.test, lambda x: features(job, x, tokens=tokens) @ classifier.T)
-
     loader = loader_of(job, job.weak, job.strong)
     groups = [group, {"params": [classifier], "lr": LR_LIGHT}]
-    fit(job, groups, EPOCHS, lambda: loader, step, classify)
+    fit(job, groups, EPOCHS, lambda: loader, step,
+        lambda x: job.tau * features(job, x, tokens=tokens) @ classifier.T)
 
 
 def fixmatch(job):
@@ -319,8 +326,7 @@ def fixmatch(job):
         return {"loss": (loss * sure).mean(), "kept": sure.mean()}
 
     loader = loader_of(job, job.weak, job.strong)
-    fit(job, model.groups, EPOCHS, lambda: loader, step,
-        lambda: table(job.test, partial(model, job)))
+    fit(job, model.groups, EPOCHS, lambda: loader, step, partial(model, job))
 
 
 def deft(job):
@@ -349,13 +355,11 @@ def deft(job):
         return {"loss": loss_clean(model(job, x), y0[i], kept[i]), "kept": kept[i].float().mean()}
 
     loader = loader_of(job, job.weak)
-    fit(job, [pos_group, neg_group, group], PHASE1, lambda: loader, phase1,
-        lambda: table(job.test, lambda x: logits(x)[0]))
+    fit(job, [pos_group, neg_group, group], PHASE1, lambda: loader, phase1, lambda x: logits(x)[0])
     clean = table(job.train, lambda x: torch.gt(*logits(x)))                    # (N, C)
     kept = clean.to(job.device).gather(1, y0[:, None])[:, 0]                    # (N,)
     model = Tuned(job, cosine=False)
-    fit(job, model.groups, EPOCHS - PHASE1, lambda: loader, phase2,
-        lambda: table(job.test, partial(model, job)))
+    fit(job, model.groups, EPOCHS - PHASE1, lambda: loader, phase2, partial(model, job))
 
 
 def supervised(job):
@@ -365,8 +369,7 @@ def supervised(job):
     model, loader, y = Tuned(job), loader_of(job, job.weak), job.dataset.train.y_true.to(job.device)
     loader.sampler.among = data.few_shot(y.cpu(), job.args.shots, job.args.seed).tolist()
     fit(job, model.groups, EPOCHS, lambda: loader,
-        lambda x, i: {"loss": F.cross_entropy(model(job, x), y[i])},
-        lambda: table(job.test, partial(model, job)))
+        lambda x, i: {"loss": F.cross_entropy(model(job, x), y[i])}, partial(model, job))
 
 
 # ======== main ========
@@ -391,20 +394,25 @@ def adapt(args):
     job.t0 = clip.zeroshot_classifier(job.clip_model, [         # (C, D)
         [template.format(c) for template in job.dataset.templates]
         for c in job.dataset.class_names])
-    job.f_train, job.f_test = (table(loader, partial(features, job))            # (N, D) each
-                               for loader in (job.train, job.test))
+    job.f_train = table(job.train, partial(features, job))                      # (N, D)
 
     def posterior(f):
         return (job.tau * f.to(job.device) @ job.t0.T).softmax(dim=1).cpu()     # (N, C)
-    job.p0, job.p_test = posterior(job.f_train), posterior(job.f_test)
-    zero = data.accuracy(job.p_test, job.dataset.test.y_true)
+
+    def accuracies():
+        return [data.accuracy(posteriors(job, job.classify, crops), job.dataset.test.y_true)
+                for crops in (False, True)]
+    job.p0, job.classify = posterior(job.f_train), (
+        lambda x: job.tau * features(job, x) @ job.t0.T)
+    zero, zero_five = accuracies()
     data.report_zero_shot(job, zero)
     job.weak, job.strong = data.augmented_views(
         job, lambda view: posterior(table(job.load(view), partial(features, job))))
 
     METHODS[args.method](job)
-    return job.run.report(method=args.method, zero_shot=zero,
-                          accuracy=data.accuracy(job.p_test, job.dataset.test.y_true))
+    plain, five = accuracies()
+    return job.run.report(method=args.method, zero_shot=zero, zero_shot_five=zero_five,
+                          accuracy_plain=plain, accuracy=five)
 
 
 def main(argv=None):
