@@ -50,7 +50,7 @@ ADDITIONS = {
     "adam":    "A4 AdamW, rates relative to the size of words, not SGD: param_groups",
     "part":    "A5 after a short phase 2 its encoders go only part of the way from CLIP: part_way",
     "crops":   "A6 the models predict the mean over five crops of an image: five_crops",
-    "soft":    "A7 phase 2 cuts no label, each weighs what the peer gives it: select_clean",
+    "soft":    "A7 phase 2 cuts no label, each weighs its p_clean: select_clean",
     "mix":     "A8 template and sentences are averaged, and the FC layer starts there: adapt",
 }
 VIEWS = 8           # (A1) of each image, for the first labels
@@ -311,12 +311,12 @@ def select_clean(phase, p, table, labels, peers, soft=False):
 
     Phase 1: `labels`, y and S*, (2, N) each, as they are. Phase 2, section 3.2.2: the student's own
     labels of all images, by p (2, N, H), as the peer lets them pass, p_clean_y > 1/2; (A7) all,
-    each weighs the peer's p_y p_clean_y."""
+    each weighs p_clean_y."""
     if phase == 1:
         return labels
     y, peers = labels_of(p, table.index), list(peers)                           # (2, N)
-    p_y, p_clean_y = (at(v[peers], table.index[peers], y) for v in (p, table.p_clean))
-    return y, p_y * p_clean_y if soft else p_clean_y > 0.5
+    p_clean = at(table.p_clean[peers], table.index[peers], y)                   # (2, N)
+    return y, p_clean if soft else p_clean > 0.5
 
 
 def total_loss(job, phase, l_pos, l_neg, target):

@@ -1065,13 +1065,13 @@ def write_predictions(path, names, class_names, p, p_clean):
 
 def pseudo_label_sheet(path, images, class_names, y, score):
     """pseudo_labels.png: a row for each of the first 40 classes; left the labels y (N,) with the
-    highest score, p_clean (N,), right the rejected ones (p_clean <= 1/2), worst first."""
+    highest score, p_clean (N,), right the wrong ones (p_clean <= 1/2), worst first."""
     cell = 56                                                                   # pixels
     sheet = Image.new("RGB", (120 + 16 * cell, 18 + min(len(class_names), 40) * cell), "white")
     pen = ImageDraw.Draw(sheet)
     for x0, title, chosen, order in (
-            (110, "accepted, cleanest first", score > 0.5, score.argsort(descending=True)),
-            (120 + 8 * cell, "rejected, worst first", score <= 0.5, score.argsort())):
+            (110, "called clean, cleanest first", score > 0.5, score.argsort(descending=True)),
+            (120 + 8 * cell, "called wrong, worst first", score <= 0.5, score.argsort())):
         pen.text((x0, 3), title, "black")
         for k, name in enumerate(class_names[:40]):
             pen.text((4, 40 + k * cell), name[:17], "black")
@@ -1105,7 +1105,7 @@ def write_report(run, images, class_names, p):
             accuracies]
     epochs = [line for line in run.lines if "epoch" in line]
     if epochs:
-        page.append("<h2>Percent after each epoch</h2><svg width=800 height=210 fill=none><path "
+        page.append("<h2>Percent after each epoch, of plain images</h2><svg width=800 height=210 fill=none><path "
                     'stroke="#ddd" d="M0 1H650M0 50H650M0 100H650M0 150H650M0 200H650"/>')
         for n, (key, (scale, color)) in enumerate(CURVES.items()):
             values = [scale * line[key] for line in epochs if line.get(key) is not None]
