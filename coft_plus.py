@@ -50,8 +50,7 @@ ADDITIONS = {
     "adam":    "A4 AdamW, rates relative to the size of words, not SGD: param_groups",
     "part":    "A5 after a short phase 2 its encoders go only part of the way from CLIP: part_way",
     "crops":   "A6 the models predict the mean over five crops of an image: five_crops",
-    "soft":    "A7 phase 2 cuts no label, each weighs its p_clean: select_clean",
-    "mix":     "A8 template and sentences are averaged, and the FC layer starts there: adapt",
+    "mix":     "A7 template and sentences are averaged, and the FC layer starts there: adapt",
 }
 VIEWS = 8           # (A1) of each image, for the first labels
 TOP = 16            # classes of an image that a table holds, see Table
@@ -107,7 +106,7 @@ def pseudo_labels(p0, index, C, K):
 
 def loss_cls(l_pos, y, clean):
     """Eq. (4), (7): mean of -log softmax(l+)_y over the clean images; 0 if there are none.
-    l_pos (B, C), y (B,), clean (B,) bool or (A7) weights."""
+    l_pos (B, C), y (B,), clean (B,) bool."""
     loss = F.cross_entropy(l_pos, y, reduction="none")                          # (B,)
     return (loss * clean).sum() / clean.sum().clamp(min=1)
 
@@ -305,18 +304,15 @@ def guess(job, table):
                         for p, index in zip(table.p, table.index)])
 
 
-def select_clean(phase, p, table, labels, peers, soft=False):
-    """What each student is taught next: labels y (2, N) and which are clean (2, N): bool, or (A7)
-    weights.
+def select_clean(phase, p, table, labels, peers):
+    """What each student is taught next: labels y (2, N) and which are clean (2, N) bool.
 
     Phase 1: `labels`, y and S*, (2, N) each, as they are. Phase 2, section 3.2.2: the student's own
-    labels of all images, by p (2, N, H), as the peer lets them pass, p_clean_y > 1/2; (A7) all,
-    each weighs p_clean_y."""
+    labels of all images, by p (2, N, H), as the peer lets them pass, p_clean_y > 1/2."""
     if phase == 1:
         return labels
     y, peers = labels_of(p, table.index), list(peers)                           # (2, N)
-    p_clean = at(table.p_clean[peers], table.index[peers], y)                   # (2, N)
-    return y, p_clean if soft else p_clean > 0.5
+    return y, at(table.p_clean[peers], table.index[peers], y) > 0.5
 
 
 def total_loss(job, phase, l_pos, l_neg, target):
@@ -419,8 +415,7 @@ def train_phase(job, number, round, students, view, labels, table):
         images.view(view), epoch=first, seed=4 * args.seed + number + 1000 * round)
     for epoch in range(first, epochs):
         if lesson is None or number == 1 or "fresh" in job.added:               # (A3)
-            lesson = select_clean(number, guess(job, table), table, labels, job.peers,
-                                  "soft" in job.added)
+            lesson = select_clean(number, guess(job, table), table, labels, job.peers)
             if args.shots:                              # section 4.4: their true labels
                 lesson[0][:, job.known] = images.y_true[job.known]
                 lesson[1][:, job.known] = True
@@ -527,17 +522,15 @@ def diagnostics(table, lesson, judge, peers, y_true):
     """How good the filter is, means over both students.
 
     Of the labels just learnt from: kept, the share that is clean; unfiltered and precision, how
-    many are right of all and of the clean ones; (A7) by weight. Of those that each student would
-    give now: shared_errors, how many of the first one's wrong labels the second one gives too; if
-    p_clean is of now (judge), auroc of the peer's p_clean and, of the same peer and labels,
-    auroc_softmax."""
+    many are right of all and of the clean ones. Of those that each student would give now:
+    shared_errors, how many of the first one's wrong labels the second one gives too; if p_clean is
+    of now (judge), auroc of the peer's p_clean and, of the same peer and labels, auroc_softmax."""
     y, clean = lesson                                                   # (2, N) each
     facts = {"kept": clean.double().mean()}
     if y_true is not None:                                              # diagnostics only
         right, labels = y == y_true, labels_of(table.p, table.index)    # (2, N) each
         wrong = labels[0] != y_true                                     # (N,)
-        facts |= {"precision": (right * clean).sum() / clean.sum(),
-                  "unfiltered": right.double().mean(),
+        facts |= {"precision": right[clean].double().mean(), "unfiltered": right.double().mean(),
                   "shared_errors": (labels[0] == labels[1])[wrong].double().mean()}
         for key, v in (("auroc", table.p_clean), ("auroc_softmax", table.p)) if judge else ():
             given = at(v[list(peers)], table.index[list(peers)], labels)        # (2, N)
@@ -642,7 +635,7 @@ def adapt(args):
     written = load_prompts(path, names) if path else [[] for _ in names]        # section 3.3.3
     run.say(f"sentences about the classes: {path or 'none'}")
     prompts = [[template.format(c) for template in dataset.templates] for c in names]
-    texts = [a + b if "mix" in added else b or a for a, b in zip(prompts, written)]     # (A8)
+    texts = [a + b if "mix" in added else b or a for a, b in zip(prompts, written)]     # (A7)
     t0 = clip.zeroshot_classifier(clip_model, texts)                            # (C, D)
     job.t0 = clip.zeroshot_classifier(job.full, texts if "mix" in added else prompts)
     zero = data.accuracy(zero_shot(job, t0, job.test), dataset.test.y_true)

@@ -38,7 +38,7 @@ GLYPHS = {"mnist": "a photo of the number {}.", "letters": "the letter {}"}
 def with_filter(name, argv):
     """coft.py with another filter of phase 2's labels. "none": all are clean; "perfect": the right
     ones are; "softmax": the surest by the peer's softmax, as many of each student as p_clean would
-    have kept. Flags are coft.py's, without (A7)."""
+    have kept. Flags are coft.py's."""
     import coft                         # before torch, see there
     import torch
     guess, select_clean, y_true = coft.guess, coft.select_clean, []
@@ -47,7 +47,7 @@ def with_filter(name, argv):
         y_true[:] = [job.dataset.train.y_true]                                  # (N,)
         return guess(job, table)
 
-    def select(phase, p, table, labels, peers, soft):
+    def select(phase, p, table, labels, peers):
         y, clean = select_clean(phase, p, table, labels, peers)                 # (2, N) each
         for me, peer in enumerate(peers if phase == 2 else ()):
             score = {"none": torch.ones(len(y[me])), "perfect": y[me] == y_true[0],
@@ -57,7 +57,7 @@ def with_filter(name, argv):
             clean[me, score.float().topk(int(kept)).indices] = True
         return y, clean
     coft.guess, coft.select_clean = guess_and_look, select
-    return coft.main(["--recipe", "ours-soft", *argv])
+    return coft.main(argv)
 
 
 def flags_of(world, glyphs, with_sentences):
