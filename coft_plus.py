@@ -586,7 +586,7 @@ def export(job, model, path):
         with data.replacing(name) as file:
             torch.save(content, file)
     alone = data.accuracy(zero_shot(job, t, job.test), job.dataset.test.y_true)
-    job.run.say(f"{path} and {path}.classes: one model, no b, unit v; accuracy {alone}")
+    job.run.say(f"{path} and {path}.classes: one model, no b, unit v, no crops; accuracy {alone}")
 
 
 def finish(job, models, zero=None):
@@ -601,7 +601,7 @@ def finish(job, models, zero=None):
     data.write_predictions(run.out / "predictions.csv", test.names, names, p, p_clean)
     if args.export:
         export(job, models[0], args.export)
-    run.say(f"results in {run.out}")
+    run.say(f"results in {run.out}" + ", predicted from five crops" * ("crops" in job.added))
     summary = run.report(zero_shot=zero, accuracy=data.accuracy(p, test.y_true))
     data.write_report(run, test, names, p)
     return summary

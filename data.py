@@ -1105,7 +1105,8 @@ def write_report(run, images, class_names, p):
             accuracies]
     epochs = [line for line in run.lines if "epoch" in line]
     if epochs:
-        page.append("<h2>Percent after each epoch, of plain images</h2><svg width=800 height=210 fill=none><path "
+        page.append("<h2>Percent after each epoch, of plain images</h2>"
+                    "<svg width=800 height=210 fill=none><path "
                     'stroke="#ddd" d="M0 1H650M0 50H650M0 100H650M0 150H650M0 200H650"/>')
         for n, (key, (scale, color)) in enumerate(CURVES.items()):
             values = [scale * line[key] for line in epochs if line.get(key) is not None]

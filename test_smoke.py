@@ -1028,8 +1028,8 @@ def test_table_of_many_classes():
 
 def test_five_crops():                                  # (A6)
     x, model = golden_images(3, 32), clip.load("tiny")[0].requires_grad_(False)
-    crops = [F.interpolate(x[..., top:top + 29, left:left + 29], (32, 32), mode="bicubic",
-                           antialias=True) for top, left in ((0, 0), (0, 3), (3, 0), (3, 3), (2, 2))]
+    crops = [F.interpolate(x[..., i:i + 29, j:j + 29], (32, 32), mode="bicubic", antialias=True)
+             for i, j in ((0, 0), (0, 3), (3, 0), (3, 3), (2, 2))]
     assert torch.equal(coft.five_crops(x), torch.cat(crops))
 
     class Loader(list):
