@@ -49,7 +49,7 @@ ADDITIONS = {
     "fresh":   "A3 labels, and so verdicts, anew each epoch of phase 2: train_phase",
     "adam":    "A4 AdamW, rates relative to the size of words, not SGD: param_groups",
     "part":    "A5 after a short phase 2 its encoders go only part of the way from CLIP: part_way",
-    "crops":   "A6 the models predict the mean over five crops of an image: five_crops",
+    "crops":   "A6 the models predict the mean over five crops of an image: with_crops",
     "mix":     "A7 template and sentences are averaged, and the FC layer starts there: adapt",
 }
 VIEWS = 8           # (A1) of each image, for the first labels
@@ -130,12 +130,19 @@ def complementary_labels(y, C):
     return (y + torch.randint(1, max(2, C), y.shape)) % C
 
 
-def five_crops(x):
-    """(A6) The corners and the centre, 0.9 of the sides (the mean of the weak views), as large as
-    before. (B, 3, R, R) -> (5 B, 3, R, R)."""
+def with_crops(x, share):
+    """(A6) Also the corners and the centre, 0.9 of the sides (the mean of the weak views), as large
+    as before; not if share = 0. (B, 3, R, R) -> (V B, 3, R, R), V = 6 or 1."""
     R = x.shape[-1]
-    return torch.cat([F.interpolate(crop, (R, R), mode="bicubic", antialias=True)
-                      for crop in five_crop(x, round(0.9 * R))])
+    return torch.cat([x, *(F.interpolate(crop, (R, R), mode="bicubic", antialias=True)
+                           for crop in five_crop(x, round(0.9 * R)) if share)])
+
+
+def over_views(p, B, share):
+    """(A6) `share` of the mean over the five crops, the rest of the plain image. p (V B, C), see
+    with_crops -> (B, C)."""
+    plain, *crops = p.split(B)
+    return plain.lerp(torch.stack(crops).mean(dim=0), share) if crops else plain
 
 
 def balanced(p, index, C):
@@ -385,12 +392,14 @@ def train_step(job, phase, batches, y, clean):
 @torch.no_grad()
 def part_way(job, models, steps):
     """(A5) Moves the models of phase 2 back towards its start, weight by weight (WiSE-FT, arXiv
-    2109.01903): in few images, and so few steps, wrong labels are learnt by heart."""
+    2109.01903): in few images, and so few steps, wrong labels are learnt by heart. Returns how far
+    they stay from it, 1: all the way."""
     share = min(1.0, steps / WHOLE)
     for me in models:
         for v, v0 in zip(me.parameters(), FullModel(job.full, job.t0, me.judge).parameters()):
             v.copy_(v0.lerp(v, share))
     job.run.say(f"{steps} steps of phase 2: its encoders go {100 * share:.0f} % of the way")
+    return share
 
 
 def train_phase(job, number, round, students, view, labels, table):
@@ -439,8 +448,9 @@ def train_phase(job, number, round, students, view, labels, table):
                    **diagnostics(table, lesson, judge, job.peers, images.y_true))
         run.checkpoint(parts, phase=number, round=round, epoch=epoch + 1, step=phase.step,
                        table=tuple(table), labels=labels, lesson=lesson)
-    if number == 2 and "part" in job.added:                                     # (A5)
-        part_way(job, phase.students, phase.step)
+    if number == 2:
+        share = part_way(job, phase.students, phase.step) if "part" in job.added else 1.0   # (A5)
+        job.crops = share * ("crops" in job.added)      # (A6) CLIP has learnt from no weak views
     return table, phase.students
 
 
@@ -466,10 +476,10 @@ def zero_shot(job, t0, loader):
 
 
 @torch.no_grad()
-def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=TOP, crops=False):
+def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=TOP, crops=0):
     """The `Table` of all images, on the CPU: softmax, p_clean of the models' judges (1 without);
-    crops: means over five. before: a table of them, which moves by `share` of (p, p_clean) towards
-    the new one."""
+    crops: the share of over_views. before: a table of them, which moves by `share` of (p, p_clean)
+    towards the new one."""
     judges = [getattr(me, "judge", me) for me in models]                        # phase 1: itself
     with job.autocast():
         texts = [one.texts(job.clip_model) for one in judges]                   # (C, D) each
@@ -477,7 +487,7 @@ def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=
     p, p_clean = torch.zeros(2, M, loader.N, min(C, top))                       # (M, N, H) each
     index = torch.zeros(p.shape, dtype=torch.int32)
     for x, i in loader:                                                         # (B, 3, R, R), (B,)
-        x = five_crops(x) if crops else x                                       # (V B, 3, R, R)
+        x = with_crops(x, crops)                                                # (V B, 3, R, R)
         for m, me in enumerate(models):
             with job.autocast():
                 _, l_pos, l_neg = me(job.clip_model, x, texts[m])               # (V B, C) each
@@ -485,8 +495,7 @@ def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=
                 if judge and me is not judges[m]:
                     _, l_pos, l_neg = judges[m](job.clip_model, x, texts[m])
             clean = log_p_clean(l_pos, l_neg)[0].exp() if judge else torch.ones_like(new)
-            new, clean = (v.unflatten(0, (-1, len(i))).mean(dim=0).cpu()        # over the V views
-                          for v in (new, clean))
+            new, clean = (over_views(v, len(i), crops).cpu() for v in (new, clean))     # (B, C)
             if before:
                 new, clean = (                                                  # (B, C) each
                     torch.zeros(len(i), C).scatter(1, before.index[m, i].long(), old[m, i])
@@ -549,8 +558,7 @@ class Adapted(nn.Module):
     def __init__(self, saved, clip_model, full, preprocess=None):
         super().__init__()
         self.class_names, self.preprocess = saved["class_names"], preprocess
-        self.crops = "crops" in data.recipe(saved["recipe"], ADDITIONS)[1]
-        self.clip_model, weights = clip_model, saved["models"]
+        self.crops, self.clip_model, weights = saved["crops"], clip_model, saved["models"]
         self.models = nn.ModuleList(
             Student(clip_model, self.class_names, saved["templates"][0],
                     SimpleNamespace(**saved["light"])) for _ in range(2))
@@ -561,9 +569,9 @@ class Adapted(nn.Module):
         self.to(clip_model.logit_scale.device).requires_grad_(False)
 
     def forward(self, x):
-        views = five_crops(x) if self.crops else x                      # (V B, 3, R, R)
+        views = with_crops(x, self.crops)                               # (V B, 3, R, R)
         p = sum(me(self.clip_model, views)[1].softmax(dim=1) for me in self.models) / 2
-        return p.unflatten(0, (-1, len(x))).mean(dim=0)
+        return over_views(p, len(x), self.crops)
 
 
 def load(path, device="cpu", weights=None):
@@ -593,15 +601,15 @@ def finish(job, models, zero=None):
     """The files of the run folder. Returns the summary."""
     args, run, test, names = job.args, job.run, job.dataset.test, job.dataset.class_names
     def judge():
-        table = predict(job, models, job.test, top=len(names), crops="crops" in job.added)  # (A6)
+        table = predict(job, models, job.test, top=len(names), crops=job.crops)        # (A6)
         return torch.stack([table.p, table.p_clean]).mean(dim=1)                # (2, N, C)
     p, p_clean = judge() if args.load else data.save_model(                     # (N, C) each
-        job, models, judge, recipe=args.recipe, student=args.student,
+        job, models, judge, recipe=args.recipe, student=args.student, crops=job.crops,
         light={"peft": args.peft, "peft_size": args.peft_size, "ctx": args.ctx})
     data.write_predictions(run.out / "predictions.csv", test.names, names, p, p_clean)
     if args.export:
         export(job, models[0], args.export)
-    run.say(f"results in {run.out}" + ", predicted from five crops" * ("crops" in job.added))
+    run.say(f"results in {run.out}" + ", predicted from five crops" * (job.crops > 0))
     summary = run.report(zero_shot=zero, accuracy=data.accuracy(p, test.y_true))
     data.write_report(run, test, names, p)
     return summary
@@ -621,10 +629,10 @@ def adapt(args):
     job.autocast = partial(torch.autocast, job.device.type, job.amp_dtype,
                            enabled=job.amp_dtype is not None)
     job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
-    job.peers = (0, 1) if args.judge == "self" else (1, 0)
+    job.peers, job.crops = (0, 1) if args.judge == "self" else (1, 0), 0.0
     job.full = data.second_clip(job.saved["student"] if args.load else args.student, clip_model)
     if args.load:
-        job.added = data.recipe(job.saved["recipe"], ADDITIONS)[1]
+        job.crops = job.saved["crops"]
         return finish(job, Adapted(job.saved, clip_model, job.full).models)
     if args.peft == "vpt" and not hasattr(clip_model.visual, "transformer"):
         raise data.DataError("--peft vpt needs a ViT; a ResNet takes --peft adapter")

@@ -1030,16 +1030,18 @@ def test_five_crops():                                  # (A6)
     x, model = golden_images(3, 32), clip.load("tiny")[0].requires_grad_(False)
     crops = [F.interpolate(x[..., i:i + 29, j:j + 29], (32, 32), mode="bicubic", antialias=True)
              for i, j in ((0, 0), (0, 3), (3, 0), (3, 3), (2, 2))]
-    assert torch.equal(coft.five_crops(x), torch.cat(crops))
+    assert torch.equal(coft.with_crops(x, 1), torch.cat([x, *crops]))
+    assert torch.equal(coft.with_crops(x, 0), x)
 
     class Loader(list):
         N = 3
     loader, zero = Loader([(x[:2], torch.tensor([0, 1])), (x[2:], torch.tensor([2]))]), (
         coft.ZeroShot(unit(10, 64)))
     job = SimpleNamespace(autocast=nullcontext, clip_model=model)
-    table = coft.predict(job, [zero], loader, False, crops=True)
-    want = sum(zero(model, crop)[1].softmax(dim=1) for crop in crops) / 5
-    torch.testing.assert_close(table.p[0], want)
+    p = [zero(model, view)[1].softmax(dim=1) for view in (x, *crops)]           # (3, 10) each
+    for share in (0, 0.25, 1):
+        table = coft.predict(job, [zero], loader, False, crops=share)
+        torch.testing.assert_close(table.p[0], (1 - share) * p[0] + share * sum(p[1:]) / 5)
 
 
 def test_eq_4_6_losses():
@@ -2355,7 +2357,8 @@ def test_copies_are_the_same():
     for name, scripts in (("main", MODULES), ("diagnostics", ("coft", "coft_plus")),
                           ("total_loss", ("coft", "coft_plus")), ("Prompt", ("coft", "coft_plus")),
                           ("guess", ("coft", "coft_plus")), ("predict", ("coft", "coft_plus")),
-                          ("five_crops", ("coft", "coft_plus")),
+                          ("with_crops", ("coft", "coft_plus")),
+                          ("over_views", ("coft", "coft_plus")),
                           ("select_clean", ("coft", "coft_plus")),
                           ("FullModel", ("coft", "coft_plus")),
                           ("Adapted", ("coft", "coft_plus")), ("finish", ("coft", "coft_plus"))):

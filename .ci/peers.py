@@ -183,8 +183,8 @@ def posteriors(job, classify, crops):
     """softmax of classify(x) -> l (B, C) for all test images, (N, C); crops: as coft.py predicts,
     the mean over five of each image."""
     def p(x):
-        l = classify(coft_plus.five_crops(x) if crops else x)                   # (V B, C)
-        return l.softmax(dim=1).unflatten(0, (-1, len(x))).mean(dim=0)          # (B, C)
+        l = classify(coft_plus.with_crops(x, crops))                            # (V B, C)
+        return coft_plus.over_views(l.softmax(dim=1), len(x), crops)            # (B, C)
     return table(job.test, p)
 
 
@@ -214,7 +214,7 @@ def fit(job, groups, epochs, batches, step, classify):
                             | {"skipped": int(job.scaler.get_scale() < scale)})
         job.epoch += 1
         run.report(epoch=job.epoch, **run.means("the rates"), accuracy=data.accuracy(
-            posteriors(job, classify, False), job.dataset.test.y_true))
+            posteriors(job, classify, 0), job.dataset.test.y_true))
     job.classify = classify
 
 
@@ -298,7 +298,7 @@ def lafter(job):
         optimizer.step()
     teacher = classifier.detach().clone()                                       # (C, D)
     tokens, group = new_tokens(job)
-    p = posteriors(job, lambda x: features(job, x) @ teacher.T, False)          # (N, C)
+    p = posteriors(job, lambda x: features(job, x) @ teacher.T, 0)          # (N, C)
     job.run.say(f"classifier of {len(t)} texts: accuracy "
                 f"{data.accuracy(p, job.dataset.test.y_true)}")
 
@@ -401,7 +401,7 @@ def adapt(args):
 
     def accuracies():
         return [data.accuracy(posteriors(job, job.classify, crops), job.dataset.test.y_true)
-                for crops in (False, True)]
+                for crops in (0, 1)]
     job.p0, job.classify = posterior(job.f_train), (
         lambda x: job.tau * features(job, x) @ job.t0.T)
     zero, zero_five = accuracies()
