@@ -133,9 +133,11 @@ def complementary_labels(y, C):
 def with_crops(x, share):
     """(A6) Also the corners and the centre, 0.9 of the sides (the mean of the weak views), as large
     as before; not if share = 0. (B, 3, R, R) -> (V B, 3, R, R), V = 6 or 1."""
+    if not share:
+        return x
     R = x.shape[-1]
     return torch.cat([x, *(F.interpolate(crop, (R, R), mode="bicubic", antialias=True)
-                           for crop in five_crop(x, round(0.9 * R)) if share)])
+                           for crop in five_crop(x, round(0.9 * R)))])
 
 
 def over_views(p, B, share):
