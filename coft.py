@@ -140,8 +140,8 @@ def complementary_labels(y, C):
 
 
 def with_crops(x, share):
-    """(A6) Also the corners and the centre, 0.9 of the sides (the mean of the weak views), as large
-    as before; not if share = 0. (B, 3, R, R) -> (V B, 3, R, R), V = 6 or 1."""
+    """(A6) Also the corners and the centre, 0.9 of the sides (the area of the smallest weak views),
+    as large as before; not if share = 0. (B, 3, R, R) -> (V B, 3, R, R), V = 6 or 1."""
     if not share:
         return x
     R = x.shape[-1]
@@ -542,12 +542,11 @@ def export(job, model, path):
 def finish(job, models, zero=None):
     """The files of the run folder. Returns the summary."""
     args, run, test, names = job.args, job.run, job.dataset.test, job.dataset.class_names
-    def judge():
-        table = predict(job, models, job.test, top=len(names), crops=job.crops)        # (A6)
-        return torch.stack([table.p, table.p_clean]).mean(dim=1)                # (2, N, C)
-    p, p_clean = judge() if args.load else data.save_model(                     # (N, C) each
-        job, models, judge, recipe=args.recipe, student=args.student, crops=job.crops,
-        light={"peft": args.peft, "peft_size": args.peft_size, "ctx": args.ctx})
+    if not args.load:
+        data.save_model(job, models, recipe=args.recipe, student=args.student, crops=job.crops,
+                        light={"peft": args.peft, "peft_size": args.peft_size, "ctx": args.ctx})
+    table = predict(job, models, job.test, top=len(names), crops=job.crops)     # (A6)
+    p, p_clean = table.p.mean(dim=0), table.p_clean.mean(dim=0)                 # (N, C) each
     data.write_predictions(run.out / "predictions.csv", test.names, names, p, p_clean)
     if args.export:
         export(job, models[0], args.export)

@@ -17,7 +17,6 @@ Label firewall: `Images.view(...)`, which training reads, holds no labels. `Imag
 accuracy and diagnostics, and where a flag asks for labels: --shots, candidate sets."""
 import argparse
 import base64
-import copy
 import csv
 import hashlib
 import html
@@ -209,7 +208,7 @@ class Augment(NamedTuple):
 def transforms(size, flip=True):
     """(plain, weak, strong) for images of size x size pixels; see `Plain` and `Augment`."""
     short = Short(round(size * 256 / 224))
-    return (Plain(Square(size)), Augment(short, size, (0.6, 1.0), flip),
+    return (Plain(Square(size)), Augment(short, size, (0.8, 1.0), flip),
             Augment(short, size, (0.4, 1.0), flip, randaugment=True))
 
 
@@ -1140,22 +1139,16 @@ def write_report(run, images, class_names, p):
         file.write("\n".join(page))
 
 
-def save_model(job, models, predict, **more):
-    """model.pt: what was learnt and `more`. Whole encoders are rounded to half precision, unless
-    that moves an entry of predict() by over 1e-3. Returns predict() of what is in the file."""
-    full, p = copy.deepcopy(models.state_dict()), predict()
-    half = {k: v.half() if ".visual." in k and v.is_floating_point() else v
-            for k, v in full.items()}
-    models.load_state_dict(half)
-    p_half = predict()
-    if (p_half - p).abs().max() > 1e-3:
-        models.load_state_dict(full)
-        half, p_half = full, p
+def save_model(job, models, **more):
+    """model.pt: what was learnt and `more`. Whole encoders are rounded to half precision, in
+    `models` too, so that they predict what the file's will."""
+    weights = {k: v.half() if ".visual." in k and v.is_floating_point() else v
+               for k, v in models.state_dict().items()}
+    models.load_state_dict(weights)
     job.run.save("model.pt", {
-        **more, "models": half, "script": job.args.script, "class_names": job.dataset.class_names,
+        **more, "models": weights, "script": job.args.script, "class_names": job.dataset.class_names,
         "templates": job.dataset.templates, "clip": job.clip_name,
         "sha256": clip.fingerprint(job.clip_model), "quick_gelu": job.args.quick_gelu})
-    return p_half
 
 
 def read_model(path, script):

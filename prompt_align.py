@@ -584,6 +584,7 @@ def adapt(args):
 
     # the prompt learns from augmented views: as CLIP is frozen, from their features
     weak, strong = data.augmented_views(job, lambda view: zero_shot(job, encode(job, view)[0]))
+    weak = weak._replace(area=(0.6, 1.0))               # what all settings were chosen with
     views = {"crdpll": (weak, weak, strong), "pico": (weak, strong)}.get(args.objective, (weak,))
     passes = [encode(job, dataset.train.view(*views), epoch)                    # (A, N, D) each
               for epoch in range(min(args.passes, args.epochs))]
@@ -595,7 +596,7 @@ def adapt(args):
     # the results
     l_train, l_test = predict(job, learner)                                     # (N, C) each
     write_disambiguated(run.out / "disambiguated.csv", dataset.train, names, sets, l_train)
-    data.save_model(job, learner.prompts, lambda: l_test, ctx=args.ctx)
+    data.save_model(job, learner.prompts, ctx=args.ctx)
     return finish(job, l_test.softmax(dim=1), p0_test, zero_shot=zero, **scores(job, learner),
                   weights=learner.prompts.weights.tolist(), candidates=about)
 
