@@ -140,8 +140,8 @@ def complementary_labels(y, C):
 
 
 def with_crops(x, share):
-    """(A6) Also the corners and the centre, 0.9 of the sides (the area of the smallest weak views),
-    as large as before; not if share = 0. (B, 3, R, R) -> (V B, 3, R, R), V = 6 or 1."""
+    """(A6) Also the corners and the centre, 0.9 of the sides (the mean of the weak views), as large
+    as before; not if share = 0. (B, 3, R, R) -> (V B, 3, R, R), V = 6 or 1."""
     if not share:
         return x
     R = x.shape[-1]

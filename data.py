@@ -208,7 +208,7 @@ class Augment(NamedTuple):
 def transforms(size, flip=True):
     """(plain, weak, strong) for images of size x size pixels; see `Plain` and `Augment`."""
     short = Short(round(size * 256 / 224))
-    return (Plain(Square(size)), Augment(short, size, (0.8, 1.0), flip),
+    return (Plain(Square(size)), Augment(short, size, (0.6, 1.0), flip),
             Augment(short, size, (0.4, 1.0), flip, randaugment=True))
 
 

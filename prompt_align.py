@@ -584,7 +584,6 @@ def adapt(args):
 
     # the prompt learns from augmented views: as CLIP is frozen, from their features
     weak, strong = data.augmented_views(job, lambda view: zero_shot(job, encode(job, view)[0]))
-    weak = weak._replace(area=(0.6, 1.0))               # what all settings were chosen with
     views = {"crdpll": (weak, weak, strong), "pico": (weak, strong)}.get(args.objective, (weak,))
     passes = [encode(job, dataset.train.view(*views), epoch)                    # (A, N, D) each
               for epoch in range(min(args.passes, args.epochs))]

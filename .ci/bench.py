@@ -269,7 +269,7 @@ def measure_loader(path, size=224, workers=2):
     end = [T.ToTensor(), T.Normalize(MEAN, STD)]
     usual = [T.Compose([T.RandomResizedCrop(size, area, interpolation=T.InterpolationMode.BICUBIC),
                         T.RandomHorizontalFlip(), *more, *end])
-             for area, more in (((0.8, 1), []), ((0.4, 1), [T.RandAugment(2, 9)]))]
+             for area, more in (((0.6, 1), []), ((0.4, 1), [T.RandAugment(2, 9)]))]
     plainly = torch.utils.data.DataLoader(Decoded(images, usual), 64, shuffle=True,
                                           num_workers=workers, persistent_workers=True)
     _, weak, strong = views = data.transforms(size)
