@@ -1146,8 +1146,8 @@ def save_model(job, models, **more):
                for k, v in models.state_dict().items()}
     models.load_state_dict(weights)
     job.run.save("model.pt", {
-        **more, "models": weights, "script": job.args.script, "class_names": job.dataset.class_names,
-        "templates": job.dataset.templates, "clip": job.clip_name,
+        **more, "models": weights, "script": job.args.script, "clip": job.clip_name,
+        "class_names": job.dataset.class_names, "templates": job.dataset.templates,
         "sha256": clip.fingerprint(job.clip_model), "quick_gelu": job.args.quick_gelu})
 
 
