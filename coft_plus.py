@@ -51,6 +51,7 @@ ADDITIONS = {
     "part":    "A5 after a short phase 2 its encoders go only part of the way from CLIP: part_way",
     "crops":   "A6 the models predict the mean over five crops of an image: with_crops",
     "mix":     "A7 template and sentences are averaged, and the FC layer starts there: adapt",
+    "gauss":   "A8 later in phase 2 labels also ask where the features crowd: by_density",
 }
 VIEWS = 8           # (A1) of each image, for the first labels
 TOP = 16            # classes of an image that a table holds, see Table
@@ -147,15 +148,55 @@ def over_views(p, B, share):
     return plain.lerp(torch.stack(crops).mean(dim=0), share) if crops else plain
 
 
+def normalised(p, index=None, C=None):
+    """In sum 1 for each image. p (N, H) -> (N, H)."""
+    return p / p.sum(dim=1, keepdim=True)
+
+
 def balanced(p, index, C):
     """(A2) p_k / (mean over all images of p_k), then normalised; 20 times (Sinkhorn's iteration):
     in sum all classes get about the same. p, index (N, H) -> p (N, H)."""
     index = index.long()
     for _ in range(20):
         mean = torch.zeros(C).index_add_(0, index.flatten(), p.flatten()) / len(p)      # (C,)
-        p = p / mean.clamp(min=0.01 / C)[index]
-        p = p / p.sum(dim=1, keepdim=True)
+        p = normalised(p / mean.clamp(min=0.01 / C)[index])
     return p
+
+
+def log_density(f, q, index, C):
+    """(A8) log N(f; mean of class k, covariance within classes) but for a constant, as in linear
+    discriminant analysis, from the images' shares q in their classes. f (N, D), q, index (N, H)
+    -> (N, H)."""
+    (N, D), index = f.shape, index.long()
+    n = torch.zeros(C).index_add_(0, index.flatten(), q.flatten()).clamp(min=1e-6)      # (C,)
+    mean = torch.zeros(C, D)
+    for k, share in zip(index.T, q.T):                                          # (N,) each
+        mean.index_add_(0, k, share[:, None] * f)
+    mean = mean / n[:, None]
+    cov = f.T @ f / N - (mean.T * n / N) @ mean                                 # (D, D)
+    cov = cov.lerp(cov.diagonal().mean() * torch.eye(D), D / (N + D))   # few images: rounder
+    root = torch.linalg.cholesky(cov)
+    z, mean = (torch.linalg.solve_triangular(root, v.T, upper=False).T for v in (f, mean))
+    near = [(a @ mean.T).gather(1, k) for a, k in zip(z.split(8192), index.split(8192))]
+    square = z.square().sum(dim=1, keepdim=True) + mean.square().sum(dim=1)[index]
+    return torch.cat(near) - square / 2 - root.diagonal().log().sum()
+
+
+def by_density(table, p, f, C, even):
+    """(A8) Labels by the posterior p times the density of the features f (see `look`): three steps
+    of EM, from the table. If even, the classes are held to the same size (A2), unless that costs
+    more than 1 nat of likelihood an image: then the folder is not balanced. Returns q (M, N, H),
+    and whether even holds."""
+    def em(m, hold):
+        q = hold(table.p[m], table.index[m], C)
+        for _ in range(3):
+            d = log_density(f[m], q, table.index[m], C)
+            q = hold(p[m] * d.softmax(dim=1), table.index[m], C)
+        return q, float(d.logsumexp(dim=1).mean())
+    ways = [[em(m, hold) for m in range(len(p))] for hold in (normalised, balanced)]
+    free, held = (sum(likelihood for _, likelihood in way) / len(way) for way in ways)
+    even = even and free - held < 1
+    return torch.stack([q for q, _ in ways[even]]), even
 
 
 def next_labels(job, table):
@@ -420,13 +461,16 @@ def train_phase(job, number, round, students, view, labels, table):
              "schedule": phase.schedule, "keys": phase.keys}
     if run.state:
         state = run.restore(parts)
-        phase.step, lesson = state["step"], state["lesson"]
+        phase.step, lesson, job.added = state["step"], state["lesson"], state["added"]
     judge = number == 1                                 # in phase 2 its p_clean stands
+    crowds = number == 2 and "gauss" in job.added       # (A8) from a third of phase 2 on
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(view), epoch=first, seed=4 * args.seed + number + 1000 * round)
     for epoch in range(first, epochs):
         if lesson is None or number == 1 or "fresh" in job.added:               # (A3)
-            lesson = select_clean(number, guess(job, table), table, labels, job.peers)
+            lesson = y, clean = select_clean(number, guess(job, table), table, labels, job.peers)
+            if crowds and 3 * epoch >= epochs:                                  # (A8)
+                lesson = y, clean | (y[0] == y[1])      # what both say counts as clean too
             if args.shots:                              # section 4.4: their true labels
                 lesson[0][:, job.known] = images.y_true[job.known]
                 lesson[1][:, job.known] = True
@@ -441,7 +485,14 @@ def train_phase(job, number, round, students, view, labels, table):
         share = (1.0, float(judge))                     # in phase 2 p_clean stays
         if "views" in job.added:                        # (A1) means of this phase: p with the one
             share = 1 / (epoch + 2), judge / (epoch + 1)                # that it started from
-        table = predict(job, phase.students, looks, judge, table, share)
+        if crowds and 3 * (epoch + 1) >= epochs:        # (A8)
+            q, even = by_density(table, *look(job, phase.students, table.index), C,
+                                 "balance" in job.added)
+            table = table._replace(p=table.p.lerp(q, share[0]))
+            if not even:
+                job.added = job.added - {"balance"}
+        else:
+            table = predict(job, phase.students, looks, judge, table, share)
         y_test, p_test = job.dataset.test.y_true, None
         if y_test is not None:
             p_test = predict(job, phase.students, job.test, False, top=C).p.mean(dim=0)
@@ -449,7 +500,7 @@ def train_phase(job, number, round, students, view, labels, table):
                    accuracy=data.accuracy(p_test, y_test),
                    **diagnostics(table, lesson, judge, job.peers, images.y_true))
         run.checkpoint(parts, phase=number, round=round, epoch=epoch + 1, step=phase.step,
-                       table=tuple(table), labels=labels, lesson=lesson)
+                       table=tuple(table), labels=labels, lesson=lesson, added=job.added)
     if number == 2:
         share = part_way(job, phase.students, phase.step) if "part" in job.added else 1.0   # (A5)
         job.crops = share * ("crops" in job.added)      # (A6) CLIP has learnt from no weak views
@@ -506,6 +557,22 @@ def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=
             p[m, i], p_clean[m, i] = new.gather(1, best), clean.gather(1, best)
             index[m, i] = best.int()
     return Table(*map(data.all_reduce_sum, (p, p_clean, index)))
+
+
+@torch.no_grad()
+def look(job, models, index):
+    """(A8) What the models of phase 2 say of the training images: the softmax of the classes index
+    (M, N, H), and unit features (M, N, D), both means over five crops."""
+    p, f = torch.zeros(index.shape), torch.zeros(*index.shape[:2], job.t0.shape[1])
+    for x, i in job.train:                                                      # (B, 3, R, R), (B,)
+        x = with_crops(x, 1.0)                                                  # (6 B, 3, R, R)
+        for m, me in enumerate(models):
+            with job.autocast():
+                v, l_pos, _ = me(job.clip_model, x)                             # (6 B, D), (6 B, C)
+            views = l_pos.softmax(dim=1), F.normalize(v, dim=1)
+            now, f[m, i] = (over_views(v, len(i), 1.0).cpu() for v in views)    # (B, C), (B, D)
+            p[m, i] = now.gather(1, index[m, i].long())
+    return data.all_reduce_sum(p), data.all_reduce_sum(f)
 
 
 def load_prompts(path, class_names):

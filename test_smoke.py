@@ -1599,6 +1599,43 @@ def test_each_student_has_its_own_next_labels():        # section 3.3.1
     assert y.tolist() == [[0, 0, 1, 1], [0, 1, 1, 0]]   # two of each
 
 
+def test_log_density_is_the_normal_distributions():     # (A8)
+    torch.manual_seed(0)
+    f, q, C, D = torch.randn(40, 3), torch.rand(40, 5).softmax(dim=1), 5, 3
+    mean = torch.stack([sum(q[i, k] * f[i] for i in range(40)) / q[:, k].sum() for k in range(C)])
+    cov = sum(q[i, k] * torch.outer(f[i] - mean[k], f[i] - mean[k])
+              for i in range(40) for k in range(C)) / 40
+    cov = cov * 40 / 43 + 3 / 43 * cov.diagonal().mean() * torch.eye(D)
+    naive = torch.stack([torch.distributions.MultivariateNormal(m, cov).log_prob(f) for m in mean])
+    naive += D / 2 * math.log(2 * math.pi)              # it leaves that out
+    torch.testing.assert_close(coft_plus.log_density(f, q, all_classes(q), C), naive.T)
+    some = torch.tensor([[0, 2, 3]] * 20 + [[1, 3, 4]] * 20)            # of five classes, three
+    found = coft_plus.log_density(f, q[:, :3], some, C)
+    whole = torch.zeros(40, C).scatter(1, some, q[:, :3])
+    torch.testing.assert_close(found, coft_plus.log_density(f, whole, all_classes(whole), C)
+                               .gather(1, some))
+
+
+@pytest.mark.parametrize("sizes", [(60, 60, 60), (140, 30, 10)])
+def test_labels_by_density(sizes):                      # (A8)
+    """Clouds of images, a tenth of whose labels are wrong: they are found, and whether they are
+    equally large."""
+    torch.manual_seed(0)
+    y = torch.arange(3).repeat_interleave(torch.tensor(sizes))
+    f = 3 * torch.eye(3)[y] + 0.3 * torch.randn(180, 3)
+    given = torch.where(torch.rand(180) < 0.1, (y + torch.randint(1, 3, (180,))) % 3, y)
+    p = torch.full((2, 180, 3), 0.1)
+    p.scatter_(2, given.expand(2, -1)[..., None], 0.8)
+    table, seen = coft_plus.Table(p, p, all_classes(p)), (p, f.expand(2, -1, -1))
+    q, even = coft_plus.by_density(table, *seen, 3, True)
+    assert even == (sizes[0] == 60)
+    assert (given == y).float().mean() < 0.95
+    assert (coft_plus.labels_of(q, table.index) == y).float().mean() > 0.99
+    if even:
+        torch.testing.assert_close(q.mean(dim=1), torch.full((2, 3), 1 / 3))
+    assert not coft_plus.by_density(table, *seen, 3, False)[1]          # once found uneven: so
+
+
 def test_contrast_in_phase_2(frozen, monkeypatch):      # Eq. (8)-(10)
     torch.manual_seed(0)
     args, sent = SimpleNamespace(peft="vpt", peft_size=2, ctx=0, gamma=0.5, batch_size=4), []

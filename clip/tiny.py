@@ -1,6 +1,7 @@
 """How clip/tiny.pt, the CLIP of the demo, was pretrained: CLIP's own recipe at toy size.
 
-    python -m clip.tiny                 # writes clip/tiny.pt
+    python -m clip.tiny                                             # writes clip/tiny.pt
+    python -m clip.tiny --layers 2 --width 64 --out small.pt        # for coft.py --student small.pt
 
 100,000 pictures of the demo world's style "source" (clip/shapes.py), each with the kind of caption
 that people write on the web: sometimes the class name, sometimes another word or a description,
@@ -120,6 +121,8 @@ def main(argv=None):
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--layers", type=int, default=4, help="blocks of the image tower")
+    parser.add_argument("--width", type=int, default=128, help="of the image tower, 32 a head")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default=str(Path(__file__).with_name("tiny.pt")))
     args = parser.parse_args(argv)
@@ -136,10 +139,10 @@ def main(argv=None):
     tokens = tokens.view(len(images), 4, -1)[..., :int((tokens > 0).sum(-1).max())]
     print(f"{len(images)} pictures, {len(token_ids)} tokens, {time.time() - start:.0f} s")
 
-    heads = {"vision_heads": 4, "transformer_heads": 2}
-    model = CLIP(embed_dim=64, image_resolution=shapes.PIXELS, vision_layers=4, vision_width=128,
-                 vision_patch_size=8, context_length=77, vocab_size=len(token_ids),
-                 transformer_width=64, transformer_layers=2, **heads)
+    heads = {"vision_heads": args.width // 32, "transformer_heads": 2}
+    model = CLIP(embed_dim=64, image_resolution=shapes.PIXELS, vision_layers=args.layers,
+                 vision_width=args.width, vision_patch_size=8, context_length=77,
+                 vocab_size=len(token_ids), transformer_width=64, transformer_layers=2, **heads)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=0.05)
     steps = args.epochs * (len(images) // B)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(
