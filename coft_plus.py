@@ -16,7 +16,10 @@ Run:  python coft_plus.py                               the demo, offline; READM
       python coft_plus.py --data ./photos --classes cat,dog --prompts mine.json
 
 `--recipe ours` takes the sentences, but one round and gamma 0: on its labels more rounds and the
-contrast as published lost on each world tried (.ci/results.md). Without sentences it is coft.py.
+contrast as published lost on each world tried (.ci/results.md). In their place (A8): an image
+encoder that is being adapted gathers the images of a class, whatever some of their labels say. So
+from a third of phase 2 on a label is the class whose Gaussian, in the features, explains the image
+best, times what the FC layer says; the Gaussians also show whether all classes are equally large.
 
 The paper does not say, so decided here, beyond coft.py: three rounds, gamma 0.1, temperature 0.1,
 mu 0.99 at most, a queue of half an epoch or 16 batches at most; classes without sentences get the
