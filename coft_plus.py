@@ -464,7 +464,7 @@ def train_phase(job, number, round, students, view, labels, table):
              "schedule": phase.schedule, "keys": phase.keys}
     if run.state:
         state = run.restore(parts)
-        phase.step, lesson, job.added = state["step"], state["lesson"], state["added"]
+        phase.step, lesson, job.added = state["step"], state["lesson"], set(state["added"])
     judge = number == 1                                 # in phase 2 its p_clean stands
     crowds = number == 2 and "gauss" in job.added       # (A8) from a third of phase 2 on
     looks = job.train if "views" not in job.added else job.load(                # (A1)
@@ -503,7 +503,7 @@ def train_phase(job, number, round, students, view, labels, table):
                    accuracy=data.accuracy(p_test, y_test),
                    **diagnostics(table, lesson, judge, job.peers, images.y_true))
         run.checkpoint(parts, phase=number, round=round, epoch=epoch + 1, step=phase.step,
-                       table=tuple(table), labels=labels, lesson=lesson, added=job.added)
+                       table=tuple(table), labels=labels, lesson=lesson, added=sorted(job.added))
     if number == 2:
         share = part_way(job, phase.students, phase.step) if "part" in job.added else 1.0   # (A5)
         job.crops = share * ("crops" in job.added)      # (A6) CLIP has learnt from no weak views
