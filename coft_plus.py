@@ -177,7 +177,8 @@ def log_density(f, q, index, C):
         mean.index_add_(0, k, share[:, None] * f)
     mean = mean / n[:, None]
     cov = f.T @ f / N - (mean.T * n / N) @ mean                                 # (D, D)
-    cov = cov.lerp(cov.diagonal().mean() * torch.eye(D), D / (N + D))   # few images: rounder
+    round = cov.diagonal().mean().clamp(min=1e-6) * torch.eye(D)
+    cov = cov.lerp(round, D / (N + D))                  # the fewer images, the rounder
     root = torch.linalg.cholesky(cov)
     z, mean = (torch.linalg.solve_triangular(root, v.T, upper=False).T for v in (f, mean))
     near = [(a @ mean.T).gather(1, k) for a, k in zip(z.split(8192), index.split(8192))]
@@ -194,7 +195,8 @@ def by_density(table, p, f, C, even):
         q = hold(table.p[m], table.index[m], C)
         for _ in range(3):
             d = log_density(f[m], q, table.index[m], C)
-            q = hold(p[m] * d.softmax(dim=1), table.index[m], C)
+            q = (p[m].clamp(min=1e-9).log() + d).softmax(dim=1)
+            q = hold(q, table.index[m], C)
         return q, float(d.logsumexp(dim=1).mean())
     ways = [[em(m, hold) for m in range(len(p))] for hold in (normalised, balanced)]
     free, held = (sum(likelihood for _, likelihood in way) / len(way) for way in ways)

@@ -1634,6 +1634,10 @@ def test_labels_by_density(sizes):                      # (A8)
     if even:
         torch.testing.assert_close(q.mean(dim=1), torch.full((2, 3), 1 / 3))
     assert not coft_plus.by_density(table, *seen, 3, False)[1]          # once found uneven: so
+    for f in (torch.zeros(2, 180, 3), 1e3 * seen[1]):   # all alike; far apart, and sure of it
+        sure = F.one_hot(given, 3).float().expand(2, -1, -1)
+        q, _ = coft_plus.by_density(table, sure, f, 3, True)
+        assert torch.isfinite(q).all()
 
 
 def test_contrast_in_phase_2(frozen, monkeypatch):      # Eq. (8)-(10)
