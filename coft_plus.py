@@ -170,20 +170,25 @@ def log_density(f, q, index, C):
     """(A8) log N(f; mean of class k, covariance within classes) but for a constant, as in linear
     discriminant analysis, from the images' shares q in their classes. f (N, D), q, index (N, H)
     -> (N, H)."""
-    (N, D), index = f.shape, index.long()
-    n = torch.zeros(C).index_add_(0, index.flatten(), q.flatten()).clamp(min=1e-6)      # (C,)
-    mean = torch.zeros(C, D)
-    for k, share in zip(index.T, q.T):                                          # (N,) each
-        mean.index_add_(0, k, share[:, None] * f)
-    mean = mean / n[:, None]
-    cov = f.T @ f / N - (mean.T * n / N) @ mean                                 # (D, D)
-    ball = cov.diagonal().mean().clamp(min=1e-6) * torch.eye(D)
-    cov = cov.lerp(ball, D / (N + D))                  # the fewer images, the rounder
+    (N, D), device, found = f.shape, f.device, []
+    n, mean, cov = (torch.zeros(size, device=device) for size in ((C, 1), (C, D), (D, D)))
+    chunks = [(v, k.long().to(device), share.to(device)) for v, k, share in zip(
+        *(table.split(8192) for table in (f, index, q)))]
+    for v, k, share in chunks:
+        v, share = v.float(), torch.zeros(len(v), C, device=device).scatter(1, k, share)
+        n, mean, cov = n + share.sum(dim=0)[:, None], mean + share.T @ v, cov + v.T @ v
+    n = n.clamp(min=1e-6)
+    mean = mean / n                                                             # (C, D)
+    cov = cov / N - (mean * n / N).T @ mean                                     # (D, D)
+    ball = cov.diagonal().mean().clamp(min=1e-6) * torch.eye(D, device=device)
+    cov = cov.lerp(ball, D / (N + D))                   # the fewer images, the rounder
     root = torch.linalg.cholesky(cov)
-    z, mean = (torch.linalg.solve_triangular(root, v.T, upper=False).T for v in (f, mean))
-    near = [(a @ mean.T).gather(1, k) for a, k in zip(z.split(8192), index.split(8192))]
-    square = z.square().sum(dim=1, keepdim=True) + mean.square().sum(dim=1)[index]
-    return torch.cat(near) - square / 2 - root.diagonal().log().sum()
+    mean = torch.linalg.solve_triangular(root, mean.T, upper=False)             # (D, C)
+    for v, k, _ in chunks:
+        z = torch.linalg.solve_triangular(root, v.float().T, upper=False).T     # (n, D)
+        squares = z.square().sum(dim=1, keepdim=True) + mean.square().sum(dim=0)    # (n, C)
+        found.append((z @ mean - squares / 2).gather(1, k).cpu())
+    return torch.cat(found) - root.diagonal().log().sum().cpu()
 
 
 def by_density(table, p, f, C, even):
@@ -568,17 +573,18 @@ def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=
 @torch.no_grad()
 def look(job, models, index):
     """(A8) What the models of phase 2 say of the training images: the softmax of the classes index
-    (M, N, H), and unit features (M, N, D), both means over five crops. All features are held at
-    once: 2.6 GB a student for 1.28 million images and D = 512."""
-    p, f = torch.zeros(index.shape), torch.zeros(*index.shape[:2], job.t0.shape[1])
+    (M, N, H), and unit features (M, N, D), both means over five crops. The features are held at
+    once, where the models are: 2.6 GB for 1.28 million images and D = 512."""
+    p, f = torch.zeros(index.shape), torch.zeros(*index.shape[:2], job.t0.shape[1],
+                                                 dtype=torch.half, device=job.device)
     for x, i in job.train:                                                      # (B, 3, R, R), (B,)
         x = with_crops(x, 1.0)                                                  # (6 B, 3, R, R)
         for m, me in enumerate(models):
             with job.autocast():
                 v, l_pos, _ = me(job.clip_model, x)                             # (6 B, D), (6 B, C)
             views = l_pos.softmax(dim=1), F.normalize(v, dim=1)
-            now, f[m, i] = (over_views(v, len(i), 1.0).cpu() for v in views)    # (B, C), (B, D)
-            p[m, i] = now.gather(1, index[m, i].long())
+            now, v = (over_views(v, len(i), 1.0) for v in views)                # (B, C), (B, D)
+            p[m, i], f[m, i] = now.cpu().gather(1, index[m, i].long()), v.half()
     return data.all_reduce_sum(p), data.all_reduce_sum(f)
 
 

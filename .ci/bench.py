@@ -339,8 +339,9 @@ class Batches:
         return ((i, i) for i in torch.arange(self.N).split(512))
 
 
-def one_round(N, C, top, threads, queue):
-    """In a process of its own: coft.py's work on its tables in an epoch of phase 2, no CLIP."""
+def one_round(N, C, top, plus, threads, queue):
+    """In a process of its own: coft.py's work on its tables in an epoch of phase 2, no CLIP; plus:
+    also coft_plus.py's labels by density (A8), of features (N, 512)."""
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     coft.TOP, names, seconds, mark = top, [f"class {k}" for k in range(C)], {}, time.time()
@@ -355,6 +356,14 @@ def one_round(N, C, top, threads, queue):
     mark = time.time()
     table = predict([MadeUp(C), MadeUp(C)], Batches(N), True, table, (0.5, 1.0))
     lap("posteriors")
+    f = torch.zeros(2, N, 512, dtype=torch.half) if plus else None
+    for part in f.flatten(end_dim=1).split(8192) if plus else ():
+        part.copy_(F.normalize(torch.randn(part.shape), dim=1))
+    mark = time.time()
+    if plus:
+        coft_plus.by_density(table, table.p, f, C, True)
+    lap("densities")
+    del f
     p = coft.guess(job, table)
     lap("balance")
     coft.pseudo_labels(p[0], table.index[0], C, 16)
@@ -377,18 +386,21 @@ def one_round(N, C, top, threads, queue):
 
 
 def measure_scale(numbers, C, threads):
-    """Prints time and memory of `one_round` with tables of 16 classes an image and, up to 100,000
-    images, of all C."""
+    """Prints time and memory of `one_round` with tables of 16 classes an image, for coft.py and
+    coft_plus.py, and, up to 100,000 images, of all C."""
     context = multiprocessing.get_context("spawn")
-    print("| images | classes held | peak GB | last.pt GB | seconds | posteriors | balance | S* | "
-          "verdicts | last.pt | predictions.csv |\n|" + 11 * "---|", flush=True)
-    for N, top in ((N, top) for N in numbers for top in (16, C) if top == 16 or N <= 100_000):
+    print("| images | classes held | script | peak GB | last.pt GB | seconds | posteriors | "
+          "densities | balance | S* | verdicts | last.pt | predictions.csv |\n|" + 13 * "---|",
+          flush=True)
+    for N, top, plus in ((N, *way) for N in numbers for way in ((16, 0), (16, 1), (C, 0))
+                         if way[0] == 16 or N <= 100_000):
         queue = context.Queue()
-        child = context.Process(target=one_round, args=(N, C, top, threads, queue))
+        child = context.Process(target=one_round, args=(N, C, top, plus, threads, queue))
         child.start()
         gb, size, seconds = queue.get()
         child.join()
-        print(f"| {N:,} | {top} | {gb:.2f} | {size:.2f} | {sum(seconds.values()):.1f} |",
+        print(f"| {N:,} | {top} | {'coft_plus' if plus else 'coft'} | {gb:.2f} | {size:.2f} |",
+              f"{sum(seconds.values()):.1f} |",
               " | ".join(f"{v:.1f}" for v in seconds.values()), "|", flush=True)
 
 

@@ -84,9 +84,9 @@ def panel(i, name, alone, aligned):
 
 def scale(path):
     """Memory and seconds over the number of images, both logarithmic: .ci/bench.py --scale."""
-    rows = [[float(cell.replace(",", "")) for cell in line.strip("| ").split("|")[:5]]
-            for line in path.read_text(encoding="utf-8").splitlines()
-            if re.match(r"\| [\d,]+ \| 1[06]0?0? \| ", line)]     # images, held, GB, GB, seconds
+    rows = [[float(cell.replace(",", "")) for cell in line.replace("coft |", "").split("|")[1:6]]
+            for line in path.read_text(encoding="utf-8").splitlines()   # images, held, GB, GB,
+            if re.match(r"\| [\d,]+ \| 1[06]0?0? \| coft \| ", line)]  # seconds
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 {PANEL_H + 90}" width="640" '
            f'height="{PANEL_H + 90}" font-size="12" font-family="sans-serif" role="img">',
            "<title>Memory and time of the tables over the number of images</title>",
