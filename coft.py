@@ -16,12 +16,13 @@ and a whole image encoder learns from the rest. `--recipe paper` is this, as pub
         loss = loss_cls(W v + b, y), a fresh encoder and W, b learn                     Eq. 7
     prediction = mean of the two students' softmax                                      our choice
 
-`--recipe ours`, the default, adds the six entries of the table ADDITIONS, marked (A1) ... Most is
+`--recipe ours`, the default, adds the seven entries of the table ADDITIONS, marked (A1) ... Most is
 won by three: labels are means over many random views of an image, balanced over classes; what is
 predicted is a mean over five crops.
 
-Equation numbers are the paper's. B batch, C classes, D embedding, L context tokens, N images,
-P visual tokens, T tokens of a text, W width; tau = exp(logit_scale); f and t are unit vectors.
+Equation numbers are the paper's. B batch, C classes, D embedding, H classes in a `Table`, L context
+tokens, M models, N images, T tokens of a text, W width; tau = exp(logit_scale); f and t are unit
+vectors.
 
 Run:  python coft.py                                    the demo, offline; 2 minutes on two cores
       python coft.py --data ./oxford_pets               real data with OpenAI's CLIP: not measured
@@ -33,7 +34,7 @@ words), lam 1, batches of 64, momentum 0.9; an epoch is N / B steps, however sma
 from; CoOp's templates, in V+ and V- too; random words as large as CLIP's; students differ in order
 and complements too; a class that is nobody's guess takes its K likeliest images; W starts at t0;
 warm-up, cosine, weight decay 5e-4 (A4: 0.01 for the encoder, none elsewhere); weak views; V- learns
-ten times as fast as V+ in A4. --shots is the paper's 4.4, --student its 4.5.
+ten times as fast as V+ in A4. --shots is the paper's 4.4, --student its 4.5 (A7).
 """
 import argparse
 import copy
@@ -62,6 +63,7 @@ ADDITIONS = {
     "adam":    "A4 AdamW, rates relative to the size of words, not SGD: param_groups",
     "part":    "A5 after a short phase 2 its encoders go only part of the way from CLIP: part_way",
     "crops":   "A6 the models predict the mean over five crops of an image: with_crops",
+    "third":   "A7 --student learns after phase 2, from what its models predict, not in it: adapt",
 }
 VIEWS = 8           # (A1) of each image, for the first labels
 TOP = 16            # classes of an image that a table holds, see Table
@@ -83,7 +85,7 @@ def logits(f, t, tau):
 
 class Table(NamedTuple):
     """What M models say of N images. Per image it holds the H = min(C, TOP) likeliest classes, the
-    others count as 0: so it grows with N, not with N C. (M, N, H) each."""
+    others count as 0, in p_clean too: so it grows with N, not with N C. (M, N, H) each."""
     p: torch.Tensor             # softmax
     p_clean: torch.Tensor       # Eq. (5)
     index: torch.Tensor         # which class, ascending; int32
@@ -144,9 +146,10 @@ def with_crops(x, share):
     as before; not if share = 0. (B, 3, R, R) -> (V B, 3, R, R), V = 6 or 1."""
     if not share:
         return x
-    R = x.shape[-1]
+    R, device = x.shape[-1], x.device
+    x = x.cpu() if device.type == "mps" else x          # which lacks this before torch 2.8
     return torch.cat([x, *(F.interpolate(crop, (R, R), mode="bicubic", antialias=True)
-                           for crop in five_crop(x, round(0.9 * R)))])
+                           for crop in five_crop(x, round(0.9 * R)))]).to(device)
 
 
 def over_views(p, B, share):
@@ -188,18 +191,18 @@ class Prompt(nn.Module):
         known = clip_model.token_embedding.weight.detach()              # (vocabulary, W)
         tokens = tokens[:, :tokens.argmax(dim=1).max() + 1].to(known.device)    # (C, T), T: longest
         emb = known[tokens]                                             # (C, T, W)
-        start = emb[:1, 1:1 + n]                                        # (1, L, W)
+        start = emb[:1, 1:1 + n]                                        # (1, n, W), n: L if not 0
         noise = 0.01 * min(1.0, float(start.std()) / WORD_STD)
         if L:
             start, noise = 0 * start, known[known.any(dim=1)].std()     # tiny lacks most words
         self.ctx = nn.Parameter(start + noise * torch.randn_like(start))
         self.register_buffer("token_prefix", emb[:, :1], persistent=False)      # (C, 1, W) <sot>
-        self.register_buffer("token_suffix", emb[:, 1 + n:], persistent=False)  # (C, T - L - 1, W)
+        self.register_buffer("token_suffix", emb[:, 1 + n:], persistent=False)  # (C, T - n - 1, W)
         self.register_buffer("eot", tokens.argmax(dim=1), persistent=False)     # (C,)
 
     def forward(self, clip_model):
         """-> t (C, D), unit rows."""
-        ctx = self.ctx.expand(len(self.eot), -1, -1)                    # (C, L, W)
+        ctx = self.ctx.expand(len(self.eot), -1, -1)                    # (C, n, W)
         emb = torch.cat([self.token_prefix, ctx, self.token_suffix], dim=1)     # (C, T, W)
         t = clip_model.encode_text_embeddings(emb, self.eot, chunk=256, shared=1 + ctx.shape[1])
         return F.normalize(t, dim=-1)
@@ -288,22 +291,22 @@ def guess(job, table):
                         for p, index in zip(table.p, table.index)])
 
 
-def select_clean(phase, p, table, labels, peers):
+def select_clean(number, p, table, labels):
     """What each student is taught next: labels y (2, N) and which are clean (2, N) bool.
 
     Phase 1: `labels`, y and S*, (2, N) each, as they are. Phase 2, section 3.2.2: the student's own
     labels of all images, by p (2, N, H), as the peer lets them pass, p_clean_y > 1/2."""
-    if phase == 1:
+    if number == 1:
         return labels
-    y, peers = labels_of(p, table.index), list(peers)                           # (2, N)
-    return y, at(table.p_clean[peers], table.index[peers], y) > 0.5
+    y = labels_of(p, table.index)                                               # (2, N)
+    return y, at(table.p_clean.flip(0), table.index.flip(0), y) > 0.5
 
 
-def total_loss(job, phase, l_pos, l_neg, target):
+def total_loss(job, number, l_pos, l_neg, target):
     """Phase 1: Eq. (4) + lam Eq. (6); phase 2: Eq. (7). l (B, C), target: y, clean, y_bar, (B,)."""
     y, clean, y_bar = target
     loss = loss_cls(l_pos, y, clean)
-    if phase == 1:
+    if number == 1:
         loss = loss + job.args.lam * loss_neg(l_pos, l_neg, y, y_bar, clean)
     return loss
 
@@ -316,7 +319,7 @@ def warm_cosine(step, total):
 def start_phase(job, number, students, steps):
     """What learns in a phase of so many steps: students, optimiser."""
     args = job.args
-    if number == 2:
+    if number > 1:
         students = nn.ModuleList(FullModel(job.full, job.t0, me) for me in students)
     if "adam" in job.added:                                                     # (A4)
         groups = [g for student in students for g in student.param_groups(args.lr1, args.lr2)]
@@ -387,31 +390,29 @@ def train_phase(job, number, students, view, labels, table):
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(view), epoch=first, seed=4 * args.seed + number)
     for epoch in range(first, epochs):
-        if lesson is None or number == 1 or "fresh" in job.added:               # (A3)
-            lesson = select_clean(number, guess(job, table), table, labels, job.peers)
+        if lesson is None or number == 2 and "fresh" in job.added:              # (A3)
+            y, clean = select_clean(number, guess(job, table), table, labels)
             if args.shots:                              # section 4.4: their true labels
-                lesson[0][:, job.known] = images.y_true[job.known]
-                lesson[1][:, job.known] = True
+                y[:, job.known], clean[:, job.known] = images.y_true[job.known], True
+            lesson = y, clean
         y, clean = lesson                                                       # (2, N) each
         for loader, mine in zip(loaders, clean):        # batches of clean images only
             loader.sampler.among = mine.nonzero()[:, 0].tolist()
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
                                  f"phase {number} epoch {epoch + 1}/{epochs}", steps - phase.step):
             run.rows.append(train_step(job, phase, batches, y, clean))
-        means = run.means(f"--lr{number}")
+        means = run.means(f"--lr{min(number, 2)}")
         share = (1.0, float(judge))                     # in phase 2 p_clean stays
         if "views" in job.added:                        # (A1) means of this phase: p with the one
             share = 1 / (epoch + 2), judge / (epoch + 1)                # that it started from
-        table = predict(job, phase.students, looks, judge, table, share)
-        y_test, p_test = job.dataset.test.y_true, None
-        if y_test is not None:
-            p_test = predict(job, phase.students, job.test, False, top=C).p.mean(dim=0)
+        if number < 3:                                  # (A7) learns from the same to the end
+            table = predict(job, phase.students, looks, judge, table, share)
         run.report(phase=number, epoch=epoch + 1, **means,
-                   accuracy=data.accuracy(p_test, y_test),
-                   **diagnostics(table, lesson, judge, job.peers, images.y_true))
+                   accuracy=test_accuracy(job, phase.students),
+                   **diagnostics(table, lesson, judge, images.y_true))
         run.checkpoint(parts, phase=number, epoch=epoch + 1, step=phase.step, table=tuple(table),
                        lesson=lesson)
-    if number == 2:
+    if number > 1:
         share = part_way(job, phase.students, phase.step) if "part" in job.added else 1.0   # (A5)
         job.crops = share * ("crops" in job.added)      # (A6) CLIP has learnt from no weak views
     return table, phase.students
@@ -469,13 +470,22 @@ def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=
     return Table(*map(data.all_reduce_sum, (p, p_clean, index)))
 
 
-def diagnostics(table, lesson, judge, peers, y_true):
+def test_accuracy(job, models):
+    """Percent of the plain test images, or None if their labels are not known."""
+    if job.dataset.test.y_true is None:
+        return None
+    table = predict(job, models, job.test, False, top=len(job.dataset.class_names))
+    return data.accuracy(table.p.mean(dim=0), job.dataset.test.y_true)
+
+
+def diagnostics(table, lesson, judge, y_true):
     """How good the filter is, means over both students.
 
     Of the labels just learnt from: kept, the share that is clean; unfiltered and precision, how
-    many are right of all and of the clean ones. Of those that each student would give now:
-    shared_errors, how many of the first one's wrong labels the second one gives too; if p_clean is
-    of now (judge), auroc of the peer's p_clean and, of the same peer and labels, auroc_softmax."""
+    many are right of all and of the clean ones. Of those that each student would give now (before
+    A2): shared_errors, how many of the first one's wrong labels the second one gives too; if
+    p_clean is of now (judge), auroc of the peer's p_clean and, of the same peer and labels,
+    auroc_softmax."""
     y, clean = lesson                                                   # (2, N) each
     facts = {"kept": clean.double().mean()}
     if y_true is not None:                                              # diagnostics only
@@ -484,7 +494,7 @@ def diagnostics(table, lesson, judge, peers, y_true):
         facts |= {"precision": right[clean].double().mean(), "unfiltered": right.double().mean(),
                   "shared_errors": (labels[0] == labels[1])[wrong].double().mean()}
         for key, v in (("auroc", table.p_clean), ("auroc_softmax", table.p)) if judge else ():
-            given = at(v[list(peers)], table.index[list(peers)], labels)        # (2, N)
+            given = at(v.flip(0), table.index.flip(0), labels)          # (2, N)
             each = [data.auroc(a, y == y_true) for a, y in zip(given, labels)]
             facts[key] = math.nan if None in each else sum(each) / 2
     return {k: None if math.isnan(v) else round(float(v), 4) for k, v in facts.items()}
@@ -521,22 +531,20 @@ def load(path, device="cpu", weights=None):
     Raises data.DataError, clip.CLIPError."""
     saved = data.read_model(path, "coft")
     clip_model, preprocess = data.load_clip(saved, weights, device)
-    return Adapted(saved, clip_model, data.second_clip(saved["student"], clip_model), preprocess)
+    other = data.second_clip(saved["student"], clip_model, saved["quick_gelu"])
+    return Adapted(saved, clip_model, other, preprocess)
 
 
-def export(job, model, path):
-    """A plain CLIP with the image encoder of one model of phase 2, as a state dict with OpenAI's
-    names; in a second file a unit vector t_k per class, for CLIP's own tau f.t_k."""
+def export(job, model):
+    """Writes the image encoder of one model of phase 2 as a plain CLIP, and as the classes' vectors
+    the rows of W, unit ones."""
     if not isinstance(model, FullModel):
         raise data.DataError("--export: without phase 2 CLIP's encoder is as it was")
-    job.clip_model, t = job.full, F.normalize(model.fc.weight.detach(), dim=1)  # (C, D)
-    job.full.visual = model.visual
-    for name, content in ((path, clip.checkpoint_of(job.full)), (f"{path}.classes", {
-            "class_names": job.dataset.class_names, "t": t})):
-        with data.replacing(name) as file:
-            torch.save(content, file)
-    alone = data.accuracy(zero_shot(job, t, job.test), job.dataset.test.y_true)
-    job.run.say(f"{path} and {path}.classes: one model, no b, unit v, no crops; accuracy {alone}")
+    job.full.visual, t = model.visual, F.normalize(model.fc.weight.detach(), dim=1)     # (C, D)
+    data.export_clip(job.args.export, job.full, job.dataset.class_names, t)
+    job.clip_model = job.full
+    job.run.say(f"{job.args.export} and {job.args.export}.classes: one model, no b, unit v, no "
+                f"crops; accuracy {test_accuracy(job, [ZeroShot(t)])}")
 
 
 def finish(job, models, zero=None):
@@ -548,11 +556,11 @@ def finish(job, models, zero=None):
     table = predict(job, models, job.test, top=len(names), crops=job.crops)     # (A6)
     p, p_clean = table.p.mean(dim=0), table.p_clean.mean(dim=0)                 # (N, C) each
     data.write_predictions(run.out / "predictions.csv", test.names, names, p, p_clean)
-    if args.export:
-        export(job, models[0], args.export)
     run.say(f"results in {run.out}" + ", predicted from five crops" * (job.crops > 0))
-    summary = run.report(zero_shot=zero, accuracy=data.accuracy(p, test.y_true))
+    summary = run.report(zero_shot=zero, accuracy=data.accuracy(p, test.y_true), crops=job.crops)
     data.write_report(run, test, names, p)
+    if args.export:
+        export(job, models[0])
     return summary
 
 
@@ -570,18 +578,20 @@ def adapt(args):
     job.autocast = partial(torch.autocast, job.device.type, job.amp_dtype,
                            enabled=job.amp_dtype is not None)
     job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
-    job.peers, job.crops = (0, 1) if args.judge == "self" else (1, 0), 0.0
-    job.full = data.second_clip(job.saved["student"] if args.load else args.student, clip_model)
+    job.crops = 0.0
+    given = job.saved if args.load else vars(args)
+    other = job.full = data.second_clip(given["student"], clip_model, given["quick_gelu"])
     if args.load:
         job.crops = job.saved["crops"]
-        return finish(job, Adapted(job.saved, clip_model, job.full).models)
+        return finish(job, Adapted(job.saved, clip_model, other).models)
     if args.peft == "vpt" and not hasattr(clip_model.visual, "transformer"):
         raise data.DataError("--peft vpt needs a ViT; a ResNet takes --peft adapter")
 
     # CLIP's own guesses, and the confident ones among them
     prompts = [[template.format(c) for template in dataset.templates] for c in names]
-    t0, job.t0 = (clip.zeroshot_classifier(one, prompts) for one in (clip_model, job.full))
-    zero = data.accuracy(zero_shot(job, t0, job.test), dataset.test.y_true)
+    starts = [clip.zeroshot_classifier(one, prompts) for one in (clip_model, other)]    # (C, D)
+    t0 = starts[0]
+    zero = test_accuracy(job, [ZeroShot(t0)])
     data.report_zero_shot(job, zero)
     weak, _ = data.augmented_views(job, lambda view: zero_shot(job, t0, job.load(view)))
     looks, views, table = job.train, 1, None
@@ -600,14 +610,19 @@ def adapt(args):
                              for _ in range(2)).to(job.device)
     if run.state:                                       # --resume
         table = Table(*run.state["table"])
-    for number in (1, 2):
-        if number == 2 and not args.epochs2 or run.state and run.state["phase"] > number:
+    phases = (1, 2, 3) if args.student and "third" in added else (1, 2)         # (A7)
+    for number in phases:
+        job.full, job.t0 = (other, starts[1]) if number == phases[-1] else (clip_model, starts[0])
+        done = run.state and run.state["phase"] > number
+        if done or number > 1 and not args.epochs2:
             continue
+        if number == 3 and not run.state:
+            table = predict(job, models, job.train, crops=job.crops)            # (2, N, H) each
         table, models = train_phase(job, number, students, weak, labels, table)
         if args.epochs1:                                # without, nobody judges
-            peer, y = job.peers[0], labels_of(guess(job, table)[0], table.index[0])     # (N,)
+            y = labels_of(guess(job, table)[0], table.index[0])                 # (N,)
             data.pseudo_label_sheet(run.out / "pseudo_labels.png", dataset.train, names, y,
-                                    at(table.p_clean[peer], table.index[peer], y))
+                                    at(table.p_clean[1], table.index[1], y))
 
     return finish(job, models, zero)
 
@@ -621,20 +636,18 @@ def parse(argv=None):
     add("--peft", choices=["vpt", "adapter"], default="vpt", help="light visual modules: deep "
         "prompt tokens, or bottlenecks beside the MLPs (%(default)s)")
     add("--ctx", type=int, metavar="L", help="context words of the prompts, 0: the template's; "
-        "default of this and all below without one: the table SETTINGS")
+        "default of this and of others below: the table SETTINGS")
     add("--k", type=float, help="images per class to start from; below 1: that share of N / C, "
         "16 at least")
     add("--shots", type=int, default=0, metavar="K", help="labelled images per class, the others "
         "stay unlabelled (%(default)s)")
     add("--student", metavar="ARCH|FILE", type=data.on_disk, help="another CLIP, whose image "
-        "encoder phase 2 trains")
-    add("--epochs1", type=int, help="of phase 1; without it nothing is filtered")
+        "encoder learns last and predicts")
+    add("--epochs1", type=int, help="of phase 1; 0: nothing is filtered")
     add("--epochs2", type=int, help="of phase 2; 0 leaves it out")
     add("--lr1", type=float, help="of prompts and light modules")
     add("--lr2", type=float, help="of the image encoder")
     add("--export", metavar="FILE", help="also write one model as a plain CLIP")
-    add("--judge", choices=["peer", "self"], default="peer", help="whose p_clean filters the "
-        "labels of a student (%(default)s)")
     return parser.parse_args(argv)
 
 

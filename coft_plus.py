@@ -1,9 +1,10 @@
 """CoFT+: CoFT with three parts more (same paper, arXiv 2602.04337). Read coft.py first; its letters
 are used here, and Q keys in the queue.
 
-`diff coft.py coft_plus.py` shows the three: sentences that an LLM wrote help the first guess; phase
-1 goes in rounds, each from the labels of the last; in phase 2 a momentum-contrastive loss learns
-from two views of every image, whether its label is trusted or not. `--recipe paper`:
+`diff coft.py coft_plus.py` shows the three, and two additions of ours, (A8) and (A9): sentences
+that an LLM wrote help the first guess; phase 1 goes in rounds, each from the labels of the last; in
+phase 2 a momentum-contrastive loss learns from two views of every image, whether its label is
+trusted or not. `--recipe paper`:
 
     p0, from t0_k = mean text feature of the sentences about class k            section 3.3.3
     phase 1 of coft.py in rounds, with new students, each from its own          section 3.3.1
@@ -16,10 +17,11 @@ Run:  python coft_plus.py                               the demo, offline; READM
       python coft_plus.py --data ./photos --classes cat,dog --prompts mine.json
 
 `--recipe ours` takes the sentences, but one round and gamma 0: on its labels more rounds and the
-contrast as published lost on each world tried (.ci/results.md). In their place (A8): an image
+contrast as published lost on each world tried (.ci/results.md). In their place (A9): an image
 encoder that is being adapted gathers the images of a class, whatever some of their labels say. So
 from a third of phase 2 on a label is the class whose Gaussian, in the features, explains the image
-best, times what the FC layer says; the Gaussians also show whether all classes are equally large.
+best, times what the FC layer says, and counts as clean also if both students give it; the Gaussians
+also show whether all classes are equally large.
 
 The paper does not say, so decided here, beyond coft.py: three rounds, gamma 0.1, temperature 0.1,
 mu 0.99 at most, a queue of half an epoch or 16 batches at most; classes without sentences get the
@@ -53,8 +55,10 @@ ADDITIONS = {
     "adam":    "A4 AdamW, rates relative to the size of words, not SGD: param_groups",
     "part":    "A5 after a short phase 2 its encoders go only part of the way from CLIP: part_way",
     "crops":   "A6 the models predict the mean over five crops of an image: with_crops",
-    "mix":     "A7 template and sentences are averaged, and the FC layer starts there: adapt",
-    "gauss":   "A8 later in phase 2 labels also ask where the features crowd: by_density",
+    "third":   "A7 --student learns after phase 2, from what its models predict, not in it: adapt",
+    "mix":     "A8 template and sentences are averaged, and the FC layer starts there: adapt",
+    "gauss":   "A9 later in phase 2 labels also ask where the features crowd, and are clean too if "
+               "both students give them: by_density, train_phase",
 }
 VIEWS = 8           # (A1) of each image, for the first labels
 TOP = 16            # classes of an image that a table holds, see Table
@@ -78,7 +82,7 @@ def logits(f, t, tau):
 
 class Table(NamedTuple):
     """What M models say of N images. Per image it holds the H = min(C, TOP) likeliest classes, the
-    others count as 0: so it grows with N, not with N C. (M, N, H) each."""
+    others count as 0, in p_clean too: so it grows with N, not with N C. (M, N, H) each."""
     p: torch.Tensor             # softmax
     p_clean: torch.Tensor       # Eq. (5)
     index: torch.Tensor         # which class, ascending; int32
@@ -139,9 +143,10 @@ def with_crops(x, share):
     as before; not if share = 0. (B, 3, R, R) -> (V B, 3, R, R), V = 6 or 1."""
     if not share:
         return x
-    R = x.shape[-1]
+    R, device = x.shape[-1], x.device
+    x = x.cpu() if device.type == "mps" else x          # which lacks this before torch 2.8
     return torch.cat([x, *(F.interpolate(crop, (R, R), mode="bicubic", antialias=True)
-                           for crop in five_crop(x, round(0.9 * R)))])
+                           for crop in five_crop(x, round(0.9 * R)))]).to(device)
 
 
 def over_views(p, B, share):
@@ -151,70 +156,15 @@ def over_views(p, B, share):
     return plain.lerp(torch.stack(crops).mean(dim=0), share) if crops else plain
 
 
-def normalised(p, index=None, C=None):
-    """In sum 1 for each image. p (N, H) -> (N, H)."""
-    return p / p.sum(dim=1, keepdim=True)
-
-
 def balanced(p, index, C):
     """(A2) p_k / (mean over all images of p_k), then normalised; 20 times (Sinkhorn's iteration):
     in sum all classes get about the same. p, index (N, H) -> p (N, H)."""
     index = index.long()
     for _ in range(20):
         mean = torch.zeros(C).index_add_(0, index.flatten(), p.flatten()) / len(p)      # (C,)
-        p = normalised(p / mean.clamp(min=0.01 / C)[index])
+        p = p / mean.clamp(min=0.01 / C)[index]
+        p = p / p.sum(dim=1, keepdim=True)
     return p
-
-
-def log_density(f, q, index, C):
-    """(A8) log N(f; mean of class k, covariance within classes) but for a constant, as in linear
-    discriminant analysis, from the images' shares q in their classes. f (N, D), q, index (N, H)
-    -> (N, H)."""
-    (N, D), device, found = f.shape, f.device, []
-    n, mean, cov = (torch.zeros(size, device=device) for size in ((C, 1), (C, D), (D, D)))
-    chunks = [(v, k.long().to(device), share.to(device)) for v, k, share in zip(
-        *(table.split(8192) for table in (f, index, q)))]
-    for v, k, share in chunks:
-        v, share = v.float(), torch.zeros(len(v), C, device=device).scatter(1, k, share)
-        n, mean, cov = n + share.sum(dim=0)[:, None], mean + share.T @ v, cov + v.T @ v
-    n = n.clamp(min=1e-6)
-    mean = mean / n                                                             # (C, D)
-    cov = cov / N - (mean * n / N).T @ mean                                     # (D, D)
-    ball = cov.diagonal().mean().clamp(min=1e-6) * torch.eye(D, device=device)
-    cov = cov.lerp(ball, D / (N + D))                   # the fewer images, the rounder
-    root = torch.linalg.cholesky(cov)
-    mean = torch.linalg.solve_triangular(root, mean.T, upper=False)             # (D, C)
-    for v, k, _ in chunks:
-        z = torch.linalg.solve_triangular(root, v.float().T, upper=False).T     # (n, D)
-        squares = z.square().sum(dim=1, keepdim=True) + mean.square().sum(dim=0)    # (n, C)
-        found.append((z @ mean - squares / 2).gather(1, k).cpu())
-    return torch.cat(found) - root.diagonal().log().sum().cpu()
-
-
-def by_density(table, p, f, C, even):
-    """(A8) Labels by the posterior p times the density of the features f (see `look`): three steps
-    of EM, from the table. If even, the classes are held to the same size (A2), unless that costs
-    more than 1 nat of likelihood an image: then the folder is not balanced. Returns q (M, N, H),
-    and whether even holds."""
-    def em(m, hold):
-        q = hold(table.p[m], table.index[m], C)
-        for _ in range(3):
-            d = log_density(f[m], q, table.index[m], C)
-            q = (p[m].clamp(min=1e-9).log() + d).softmax(dim=1)
-            q = hold(q, table.index[m], C)
-        return q, float(d.logsumexp(dim=1).mean())
-    ways = [[em(m, hold) for m in range(len(p))] for hold in (normalised, balanced)]
-    free, held = (sum(likelihood for _, likelihood in way) / len(way) for way in ways)
-    even = even and free - held < 1
-    return torch.stack([q for q, _ in ways[even]]), even
-
-
-def next_labels(job, table):
-    """Section 3.3.1: a round's y and S*, (2, N) each, of each student its own."""
-    C = len(job.dataset.class_names)
-    y, confident = zip(*(pseudo_labels(p, index, C, job.K)
-                         for p, index in zip(guess(job, table), table.index)))
-    return torch.stack(y), torch.stack(confident)
 
 
 def info_nce(q, k, queue, temperature=0.1):
@@ -245,18 +195,18 @@ class Prompt(nn.Module):
         known = clip_model.token_embedding.weight.detach()              # (vocabulary, W)
         tokens = tokens[:, :tokens.argmax(dim=1).max() + 1].to(known.device)    # (C, T), T: longest
         emb = known[tokens]                                             # (C, T, W)
-        start = emb[:1, 1:1 + n]                                        # (1, L, W)
+        start = emb[:1, 1:1 + n]                                        # (1, n, W), n: L if not 0
         noise = 0.01 * min(1.0, float(start.std()) / WORD_STD)
         if L:
             start, noise = 0 * start, known[known.any(dim=1)].std()     # tiny lacks most words
         self.ctx = nn.Parameter(start + noise * torch.randn_like(start))
         self.register_buffer("token_prefix", emb[:, :1], persistent=False)      # (C, 1, W) <sot>
-        self.register_buffer("token_suffix", emb[:, 1 + n:], persistent=False)  # (C, T - L - 1, W)
+        self.register_buffer("token_suffix", emb[:, 1 + n:], persistent=False)  # (C, T - n - 1, W)
         self.register_buffer("eot", tokens.argmax(dim=1), persistent=False)     # (C,)
 
     def forward(self, clip_model):
         """-> t (C, D), unit rows."""
-        ctx = self.ctx.expand(len(self.eot), -1, -1)                    # (C, L, W)
+        ctx = self.ctx.expand(len(self.eot), -1, -1)                    # (C, n, W)
         emb = torch.cat([self.token_prefix, ctx, self.token_suffix], dim=1)     # (C, T, W)
         t = clip_model.encode_text_embeddings(emb, self.eot, chunk=256, shared=1 + ctx.shape[1])
         return F.normalize(t, dim=-1)
@@ -364,22 +314,30 @@ def guess(job, table):
                         for p, index in zip(table.p, table.index)])
 
 
-def select_clean(phase, p, table, labels, peers):
+def next_labels(job, table):
+    """Section 3.3.1: a round's y and S*, (2, N) each, of each student its own."""
+    C = len(job.dataset.class_names)
+    y, confident = zip(*(pseudo_labels(p, index, C, job.K)
+                         for p, index in zip(guess(job, table), table.index)))
+    return torch.stack(y), torch.stack(confident)
+
+
+def select_clean(number, p, table, labels):
     """What each student is taught next: labels y (2, N) and which are clean (2, N) bool.
 
     Phase 1: `labels`, y and S*, (2, N) each, as they are. Phase 2, section 3.2.2: the student's own
     labels of all images, by p (2, N, H), as the peer lets them pass, p_clean_y > 1/2."""
-    if phase == 1:
+    if number == 1:
         return labels
-    y, peers = labels_of(p, table.index), list(peers)                           # (2, N)
-    return y, at(table.p_clean[peers], table.index[peers], y) > 0.5
+    y = labels_of(p, table.index)                                               # (2, N)
+    return y, at(table.p_clean.flip(0), table.index.flip(0), y) > 0.5
 
 
-def total_loss(job, phase, l_pos, l_neg, target):
+def total_loss(job, number, l_pos, l_neg, target):
     """Phase 1: Eq. (4) + lam Eq. (6); phase 2: Eq. (7). l (B, C), target: y, clean, y_bar, (B,)."""
     y, clean, y_bar = target
     loss = loss_cls(l_pos, y, clean)
-    if phase == 1:
+    if number == 1:
         loss = loss + job.args.lam * loss_neg(l_pos, l_neg, y, y_bar, clean)
     return loss
 
@@ -392,7 +350,7 @@ def warm_cosine(step, total):
 def start_phase(job, number, students, steps):
     """What learns in a phase of so many steps: students, keys, optimiser."""
     args = job.args
-    if number == 2:
+    if number > 1:
         students = nn.ModuleList(FullModel(job.full, job.t0, me) for me in students)
     if "adam" in job.added:                                                     # (A4)
         groups = [g for student in students for g in student.param_groups(args.lr1, args.lr2)]
@@ -460,7 +418,7 @@ def train_phase(job, number, round, students, view, labels, table):
     weak views. Returns the table and the models after it."""
     args, run, images, C = job.args, job.run, job.dataset.train, len(job.dataset.class_names)
     first = run.state["epoch"] if run.state else 0      # --resume
-    views = [view, view] if args.gamma else [view]      # Eq. 8 compares two
+    views = [view, view] if number == 2 and args.gamma else [view]      # Eq. 8 compares two
     loaders = [job.load(images.view(*views), shuffle=True, drop_last=True, epoch=first,
                         seed=4 * args.seed + 2 * number + m + 1000 * round) for m in range(2)]
     epochs = args.epochs1 if number == 1 else args.epochs2
@@ -473,17 +431,17 @@ def train_phase(job, number, round, students, view, labels, table):
         state = run.restore(parts)
         phase.step, lesson, job.added = state["step"], state["lesson"], set(state["added"])
     judge = number == 1                                 # in phase 2 its p_clean stands
-    crowds = number == 2 and "gauss" in job.added       # (A8) from a third of phase 2 on
+    crowds = number == 2 and "gauss" in job.added       # (A9) from a third of phase 2 on
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(view), epoch=first, seed=4 * args.seed + number + 1000 * round)
     for epoch in range(first, epochs):
-        if lesson is None or number == 1 or "fresh" in job.added:               # (A3)
-            lesson = y, clean = select_clean(number, guess(job, table), table, labels, job.peers)
-            if crowds and 3 * epoch >= epochs:                                  # (A8)
-                lesson = y, clean | (y[0] == y[1])      # what both say counts as clean too
+        if lesson is None or number == 2 and "fresh" in job.added:              # (A3)
+            y, clean = select_clean(number, guess(job, table), table, labels)
+            if crowds and 3 * epoch >= epochs or number == 3 and "gauss" in job.added:  # (A9)
+                clean = clean | (y[0] == y[1])          # what both say counts as clean too
             if args.shots:                              # section 4.4: their true labels
-                lesson[0][:, job.known] = images.y_true[job.known]
-                lesson[1][:, job.known] = True
+                y[:, job.known], clean[:, job.known] = images.y_true[job.known], True
+            lesson = y, clean
         y, clean = lesson                                                       # (2, N) each
         for loader, mine in zip(loaders, clean):        # batches of clean images, or for Eq. 8 all
             loader.sampler.among = [] if phase.keys else mine.nonzero()[:, 0].tolist()
@@ -491,31 +449,98 @@ def train_phase(job, number, round, students, view, labels, table):
                                  f"phase {number} round {round + 1} epoch {epoch + 1}/{epochs}",
                                  steps - phase.step):
             run.rows.append(train_step(job, phase, batches, y, clean))
-        means = run.means(f"--lr{number}")
+        means = run.means(f"--lr{min(number, 2)}")
         share = (1.0, float(judge))                     # in phase 2 p_clean stays
         if "views" in job.added:                        # (A1) means of this phase: p with the one
             share = 1 / (epoch + 2), judge / (epoch + 1)                # that it started from
-        if crowds and 3 * (epoch + 1) >= epochs:        # (A8)
+        if crowds and 3 * (epoch + 1) >= epochs:        # (A9)
             q, even = by_density(table, *look(job, phase.students, table.index), C,
                                  "balance" in job.added)
             table = table._replace(p=table.p.lerp(q, share[0]))
             if "balance" in job.added and not even:
                 job.added = job.added - {"balance"}
                 run.say("classes are not equally large: labels are no longer balanced (A2)")
-        else:
+        elif number < 3:
             table = predict(job, phase.students, looks, judge, table, share)
-        y_test, p_test = job.dataset.test.y_true, None
-        if y_test is not None:
-            p_test = predict(job, phase.students, job.test, False, top=C).p.mean(dim=0)
         run.report(phase=number, round=round + 1, epoch=epoch + 1, **means,
-                   accuracy=data.accuracy(p_test, y_test),
-                   **diagnostics(table, lesson, judge, job.peers, images.y_true))
+                   accuracy=test_accuracy(job, phase.students),
+                   **diagnostics(table, lesson, judge, images.y_true))
         run.checkpoint(parts, phase=number, round=round, epoch=epoch + 1, step=phase.step,
                        table=tuple(table), labels=labels, lesson=lesson, added=sorted(job.added))
-    if number == 2:
+    if number > 1:
         share = part_way(job, phase.students, phase.step) if "part" in job.added else 1.0   # (A5)
         job.crops = share * ("crops" in job.added)      # (A6) CLIP has learnt from no weak views
     return table, phase.students
+
+
+# ======== (A9): where the features crowd ========
+
+
+def log_density(f, q, index, C):
+    """log N(f; mean of class k, covariance within classes) but for a constant, as in linear
+    discriminant analysis, from the images' shares q in their classes. f (N, D), q, index (N, H)
+    -> (N, H)."""
+    (N, D), device, found = f.shape, f.device, []
+    size, mean = torch.zeros(C, 1, device=device), torch.zeros(C, D, device=device)
+    cov = torch.zeros(D, D, device=device)
+    batches = [(v, k.long().to(device), share.to(device)) for v, k, share in zip(
+        f.split(8192), index.split(8192), q.split(8192))]
+    for v, k, share in batches:                                                 # (B, D), (B, H)
+        v, share = v.float(), torch.zeros(len(v), C, device=device).scatter(1, k, share)
+        size, mean, cov = size + share.sum(dim=0)[:, None], mean + share.T @ v, cov + v.T @ v
+    size = size.clamp(min=1e-6)
+    mean = mean / size
+    cov = cov / N - (mean * size / N).T @ mean
+    ball = cov.diagonal().mean().clamp(min=1e-6) * torch.eye(D, device=device)
+    root = torch.linalg.cholesky(cov.lerp(ball, D / (N + D)))   # the fewer images, the rounder
+    mean = torch.linalg.solve_triangular(root, mean.T, upper=False)             # (D, C)
+    for v, k, _ in batches:
+        v = torch.linalg.solve_triangular(root, v.float().T, upper=False).T     # (B, D)
+        squares = v.square().sum(dim=1, keepdim=True) + mean.square().sum(dim=0)    # (B, C)
+        found.append((v @ mean - squares / 2).gather(1, k).cpu())
+    return torch.cat(found) - root.diagonal().log().sum().cpu()
+
+
+def by_density(table, p, f, C, even):
+    """Labels by the posterior p times the density of the features f (see `look`): three steps of
+    EM, from the table. If even, the classes are held to the same size (A2), unless that costs more
+    than 1 nat of likelihood an image: then the folder is not balanced. Returns q (M, N, H), and
+    whether even holds."""
+    def em(hold):
+        found, fit = [], 0.0
+        for q, index, p_m, f_m in zip(table.p, table.index, p, f):
+            q = hold(q, index, C)
+            for _ in range(3):
+                d = log_density(f_m, q, index, C)                               # (N, H)
+                q = hold((p_m.clamp(min=1e-9).log() + d).softmax(dim=1), index, C)
+            found.append(q)
+            fit += float(d.logsumexp(dim=1).mean()) / len(p)
+        return torch.stack(found), fit
+    q, fit = em(lambda q, index, C: q / q.sum(dim=1, keepdim=True))
+    if even:
+        q_even, fit_even = em(balanced)
+        even = fit - fit_even < 1
+    return q_even if even else q, even
+
+
+@torch.no_grad()
+def look(job, models, index):
+    """What the models of phase 2 say of the training images: the softmax of the classes index
+    (M, N, H), and features (M, N, D), means over five crops of both. All features are held at once,
+    on the GPU if it is CUDA's: 2.6 GB for 1.28 million images and D = 512."""
+    p, f = torch.zeros(index.shape), torch.zeros(
+        *index.shape[:2], job.t0.shape[1], dtype=torch.half,
+        device=job.device if job.device.type == "cuda" else "cpu")
+    for x, i in job.train:                                                      # (B, 3, R, R), (B,)
+        x = with_crops(x, 1.0)                                                  # (6 B, 3, R, R)
+        for m, me in enumerate(models):
+            with job.autocast():
+                v, l_pos, _ = me(job.clip_model, x)                             # (6 B, D), (6 B, C)
+            views = l_pos.softmax(dim=1), F.normalize(v, dim=1)
+            now, v = (over_views(v, len(i), 1.0) for v in views)                # (B, C), (B, D)
+            p[m, i] = now.cpu().gather(1, index[m, i].long())
+            f[m, i] = v.to(f)
+    return data.all_reduce_sum(p), data.all_reduce_sum(f)
 
 
 # ======== evaluation ========
@@ -570,52 +595,22 @@ def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=
     return Table(*map(data.all_reduce_sum, (p, p_clean, index)))
 
 
-@torch.no_grad()
-def look(job, models, index):
-    """(A8) What the models of phase 2 say of the training images: the softmax of the classes index
-    (M, N, H), and unit features (M, N, D), both means over five crops. The features are held at
-    once, where the models are: 2.6 GB for 1.28 million images and D = 512."""
-    p, f = torch.zeros(index.shape), torch.zeros(*index.shape[:2], job.t0.shape[1],
-                                                 dtype=torch.half, device=job.device)
-    for x, i in job.train:                                                      # (B, 3, R, R), (B,)
-        x = with_crops(x, 1.0)                                                  # (6 B, 3, R, R)
-        for m, me in enumerate(models):
-            with job.autocast():
-                v, l_pos, _ = me(job.clip_model, x)                             # (6 B, D), (6 B, C)
-            views = l_pos.softmax(dim=1), F.normalize(v, dim=1)
-            now, v = (over_views(v, len(i), 1.0) for v in views)                # (B, C), (B, D)
-            p[m, i], f[m, i] = now.cpu().gather(1, index[m, i].long()), v.half()
-    return data.all_reduce_sum(p), data.all_reduce_sum(f)
+def test_accuracy(job, models):
+    """Percent of the plain test images, or None if their labels are not known."""
+    if job.dataset.test.y_true is None:
+        return None
+    table = predict(job, models, job.test, False, top=len(job.dataset.class_names))
+    return data.accuracy(table.p.mean(dim=0), job.dataset.test.y_true)
 
 
-def load_prompts(path, class_names):
-    """Section 3.3.3: C lists of sentences from a JSON file {class name: [sentence, ...]}, whose
-    names may differ in case, punctuation and the order of their words. A class without sentences
-    has an empty list, and a warning names it. Raises DataError."""
-    def words(name):
-        return sorted(data.plain_name(name).split())
-    table = data.read_json(path)
-    if not isinstance(table, dict) or not all(isinstance(texts, list) for texts in table.values()):
-        raise data.DataError(f'{path}: expected {{"class name": ["sentence", ...], ...}}')
-    sentences = [table.get(c) or next((texts for key, texts in table.items()
-                                       if words(key) == words(c)), []) for c in class_names]
-    missing = [c for c, texts in zip(class_names, sentences) if not texts]
-    says = (f"{path} has no sentences for {len(missing)} of {len(class_names)} classes: "
-            f"{', '.join(missing[:9])}")
-    if len(missing) == len(class_names):
-        raise data.DataError(f"{says}; its keys: {', '.join(list(table)[:9])}")
-    if missing:
-        print(f"warning: {says}; they get the template", file=sys.stderr)
-    return sentences
-
-
-def diagnostics(table, lesson, judge, peers, y_true):
+def diagnostics(table, lesson, judge, y_true):
     """How good the filter is, means over both students.
 
     Of the labels just learnt from: kept, the share that is clean; unfiltered and precision, how
-    many are right of all and of the clean ones. Of those that each student would give now:
-    shared_errors, how many of the first one's wrong labels the second one gives too; if p_clean is
-    of now (judge), auroc of the peer's p_clean and, of the same peer and labels, auroc_softmax."""
+    many are right of all and of the clean ones. Of those that each student would give now (before
+    A2): shared_errors, how many of the first one's wrong labels the second one gives too; if
+    p_clean is of now (judge), auroc of the peer's p_clean and, of the same peer and labels,
+    auroc_softmax."""
     y, clean = lesson                                                   # (2, N) each
     facts = {"kept": clean.double().mean()}
     if y_true is not None:                                              # diagnostics only
@@ -624,7 +619,7 @@ def diagnostics(table, lesson, judge, peers, y_true):
         facts |= {"precision": right[clean].double().mean(), "unfiltered": right.double().mean(),
                   "shared_errors": (labels[0] == labels[1])[wrong].double().mean()}
         for key, v in (("auroc", table.p_clean), ("auroc_softmax", table.p)) if judge else ():
-            given = at(v[list(peers)], table.index[list(peers)], labels)        # (2, N)
+            given = at(v.flip(0), table.index.flip(0), labels)          # (2, N)
             each = [data.auroc(a, y == y_true) for a, y in zip(given, labels)]
             facts[key] = math.nan if None in each else sum(each) / 2
     return {k: None if math.isnan(v) else round(float(v), 4) for k, v in facts.items()}
@@ -661,22 +656,20 @@ def load(path, device="cpu", weights=None):
     Raises data.DataError, clip.CLIPError."""
     saved = data.read_model(path, "coft_plus")
     clip_model, preprocess = data.load_clip(saved, weights, device)
-    return Adapted(saved, clip_model, data.second_clip(saved["student"], clip_model), preprocess)
+    other = data.second_clip(saved["student"], clip_model, saved["quick_gelu"])
+    return Adapted(saved, clip_model, other, preprocess)
 
 
-def export(job, model, path):
-    """A plain CLIP with the image encoder of one model of phase 2, as a state dict with OpenAI's
-    names; in a second file a unit vector t_k per class, for CLIP's own tau f.t_k."""
+def export(job, model):
+    """Writes the image encoder of one model of phase 2 as a plain CLIP, and as the classes' vectors
+    the rows of W, unit ones."""
     if not isinstance(model, FullModel):
         raise data.DataError("--export: without phase 2 CLIP's encoder is as it was")
-    job.clip_model, t = job.full, F.normalize(model.fc.weight.detach(), dim=1)  # (C, D)
-    job.full.visual = model.visual
-    for name, content in ((path, clip.checkpoint_of(job.full)), (f"{path}.classes", {
-            "class_names": job.dataset.class_names, "t": t})):
-        with data.replacing(name) as file:
-            torch.save(content, file)
-    alone = data.accuracy(zero_shot(job, t, job.test), job.dataset.test.y_true)
-    job.run.say(f"{path} and {path}.classes: one model, no b, unit v, no crops; accuracy {alone}")
+    job.full.visual, t = model.visual, F.normalize(model.fc.weight.detach(), dim=1)     # (C, D)
+    data.export_clip(job.args.export, job.full, job.dataset.class_names, t)
+    job.clip_model = job.full
+    job.run.say(f"{job.args.export} and {job.args.export}.classes: one model, no b, unit v, no "
+                f"crops; accuracy {test_accuracy(job, [ZeroShot(t)])}")
 
 
 def finish(job, models, zero=None):
@@ -688,15 +681,36 @@ def finish(job, models, zero=None):
     table = predict(job, models, job.test, top=len(names), crops=job.crops)     # (A6)
     p, p_clean = table.p.mean(dim=0), table.p_clean.mean(dim=0)                 # (N, C) each
     data.write_predictions(run.out / "predictions.csv", test.names, names, p, p_clean)
-    if args.export:
-        export(job, models[0], args.export)
     run.say(f"results in {run.out}" + ", predicted from five crops" * (job.crops > 0))
-    summary = run.report(zero_shot=zero, accuracy=data.accuracy(p, test.y_true))
+    summary = run.report(zero_shot=zero, accuracy=data.accuracy(p, test.y_true), crops=job.crops)
     data.write_report(run, test, names, p)
+    if args.export:
+        export(job, models[0])
     return summary
 
 
 # ======== main ========
+
+
+def load_prompts(path, class_names):
+    """Section 3.3.3: C lists of sentences from a JSON file {class name: [sentence, ...]}, whose
+    names may differ in case, punctuation and the order of their words. A class without sentences
+    has an empty list, and a warning names it. Raises DataError."""
+    def words(name):
+        return sorted(data.plain_name(name).split())
+    table = data.read_json(path)
+    if not isinstance(table, dict) or not all(isinstance(texts, list) for texts in table.values()):
+        raise data.DataError(f'{path}: expected {{"class name": ["sentence", ...], ...}}')
+    sentences = [table.get(c) or next((texts for key, texts in table.items()
+                                       if words(key) == words(c)), []) for c in class_names]
+    missing = [c for c, texts in zip(class_names, sentences) if not texts]
+    says = (f"{path} has no sentences for {len(missing)} of {len(class_names)} classes: "
+            f"{', '.join(missing[:9])}")
+    if len(missing) == len(class_names):
+        raise data.DataError(f"{says}; its keys: {', '.join(list(table)[:9])}")
+    if missing:
+        print(f"warning: {says}; they get the template", file=sys.stderr)
+    return sentences
 
 
 def adapt(args):
@@ -710,11 +724,12 @@ def adapt(args):
     job.autocast = partial(torch.autocast, job.device.type, job.amp_dtype,
                            enabled=job.amp_dtype is not None)
     job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
-    job.peers, job.crops = (0, 1) if args.judge == "self" else (1, 0), 0.0
-    job.full = data.second_clip(job.saved["student"] if args.load else args.student, clip_model)
+    job.crops = 0.0
+    given = job.saved if args.load else vars(args)
+    other = job.full = data.second_clip(given["student"], clip_model, given["quick_gelu"])
     if args.load:
         job.crops = job.saved["crops"]
-        return finish(job, Adapted(job.saved, clip_model, job.full).models)
+        return finish(job, Adapted(job.saved, clip_model, other).models)
     if args.peft == "vpt" and not hasattr(clip_model.visual, "transformer"):
         raise data.DataError("--peft vpt needs a ViT; a ResNet takes --peft adapter")
 
@@ -724,10 +739,11 @@ def adapt(args):
     written = load_prompts(path, names) if path else [[] for _ in names]        # section 3.3.3
     run.say(f"sentences about the classes: {path or 'none'}")
     prompts = [[template.format(c) for template in dataset.templates] for c in names]
-    texts = [a + b if "mix" in added else b or a for a, b in zip(prompts, written)]     # (A7)
+    texts = [a + b if "mix" in added else b or a for a, b in zip(prompts, written)]     # (A8)
     t0 = clip.zeroshot_classifier(clip_model, texts)                            # (C, D)
-    job.t0 = clip.zeroshot_classifier(job.full, texts if "mix" in added else prompts)
-    zero = data.accuracy(zero_shot(job, t0, job.test), dataset.test.y_true)
+    starts = [clip.zeroshot_classifier(one, texts if "mix" in added else prompts)
+              for one in (clip_model, other)]                                   # (C, D) each
+    zero = test_accuracy(job, [ZeroShot(t0)])
     data.report_zero_shot(job, zero)
     weak, _ = data.augmented_views(job, lambda view: zero_shot(job, t0, job.load(view)))
     looks, views, table = job.train, 1, None
@@ -743,20 +759,27 @@ def adapt(args):
     # two students, which differ in their random numbers, learn from each other
     if run.state:                                       # --resume
         table, labels = Table(*run.state["table"]), run.state["labels"]
-    for number, round in (*((1, r) for r in range(args.rounds)), (2, 0)):
+    phases = [(1, round) for round in range(args.rounds)] + [(2, 0)]
+    if args.student and "third" in added:                                       # (A7)
+        phases.append((3, 0))
+    for number, round in phases:
+        end = number == phases[-1][0]
+        job.full, job.t0 = (other, starts[1]) if end else (clip_model, starts[0])
         if number == 1:                                 # section 3.3.1: each round starts anew
             students = nn.ModuleList(Student(clip_model, names, dataset.templates[0], args)
                                      for _ in range(2)).to(job.device)
         if number == 1 and round > 0 and not run.state:
             labels = next_labels(job, table)
-        if number == 2 and not args.epochs2 or run.state and (
-                run.state["phase"], run.state["round"]) > (number, round):
+        done = run.state and (run.state["phase"], run.state["round"]) > (number, round)
+        if done or number > 1 and not args.epochs2:
             continue
+        if number == 3 and not run.state:
+            table = predict(job, models, job.train, crops=job.crops)            # (2, N, H) each
         table, models = train_phase(job, number, round, students, weak, labels, table)
         if args.epochs1:                                # without, nobody judges
-            peer, y = job.peers[0], labels_of(guess(job, table)[0], table.index[0])     # (N,)
+            y = labels_of(guess(job, table)[0], table.index[0])                 # (N,)
             data.pseudo_label_sheet(run.out / "pseudo_labels.png", dataset.train, names, y,
-                                    at(table.p_clean[peer], table.index[peer], y))
+                                    at(table.p_clean[1], table.index[1], y))
 
     return finish(job, models, zero)
 
@@ -770,7 +793,7 @@ def parse(argv=None):
     add("--peft", choices=["vpt", "adapter"], default="vpt", help="light visual modules: deep "
         "prompt tokens, or bottlenecks beside the MLPs (%(default)s)")
     add("--ctx", type=int, metavar="L", help="context words of the prompts, 0: the template's; "
-        "default of this and all below without one: the table SETTINGS")
+        "default of this and of others below: the table SETTINGS")
     add("--k", type=float, help="images per class to start from; below 1: that share of N / C, "
         "16 at least")
     add("--prompts", metavar="FILE", help="JSON {class: [sentence, ...]}; default: ours; '': none")
@@ -779,14 +802,12 @@ def parse(argv=None):
     add("--shots", type=int, default=0, metavar="K", help="labelled images per class, the others "
         "stay unlabelled (%(default)s)")
     add("--student", metavar="ARCH|FILE", type=data.on_disk, help="another CLIP, whose image "
-        "encoder phase 2 trains")
-    add("--epochs1", type=int, help="of each round of phase 1; without it nothing is filtered")
+        "encoder learns last and predicts")
+    add("--epochs1", type=int, help="of each round of phase 1; 0: nothing is filtered")
     add("--epochs2", type=int, help="of phase 2; 0 leaves it out")
     add("--lr1", type=float, help="of prompts and light modules")
     add("--lr2", type=float, help="of the image encoder")
     add("--export", metavar="FILE", help="also write one model as a plain CLIP")
-    add("--judge", choices=["peer", "self"], default="peer", help="whose p_clean filters the "
-        "labels of a student (%(default)s)")
     return parser.parse_args(argv)
 
 

@@ -769,11 +769,13 @@ def setup(args, settings={}):
         test=test, saved=saved, amp_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp))
 
 
-def second_clip(name, clip_model):
-    """Another CLIP for the same images, frozen; without a name `clip_model` itself."""
+def second_clip(name, clip_model, quick_gelu):
+    """Another CLIP for the same images, frozen; without a name `clip_model` itself. quick_gelu: of
+    a file, see clip.load."""
     if not name:
         return clip_model
-    other, _ = clip.load(name, device=clip_model.logit_scale.device)
+    other, _ = clip.load(name, device=clip_model.logit_scale.device,
+                         quick_gelu=quick_gelu if os.path.exists(name) else None)
     sizes = [one.visual.input_resolution for one in (other, clip_model)]
     if sizes[0] != sizes[1]:
         raise DataError(f"--student {name} takes images of {sizes[0]} pixels, not {sizes[1]}")
@@ -1098,6 +1100,8 @@ def write_report(run, images, class_names, p):
     accuracies = "".join(f"<p>{title} {last[key]} %" for key, title in (
         ("zero_shot", "zero-shot accuracy"), ("accuracy", "accuracy after the run"))
         if last.get(key) is not None)
+    if accuracies and last.get("crops"):
+        accuracies += " (of five crops of each image; zero-shot: of the plain image)"
     page = ["<!doctype html><meta charset=utf-8><title>report</title><style>body{font:14px "
             "sans-serif}td,th{padding:2px 5px;text-align:right}figure{display:inline-block;"
             f"margin:4px;width:110px}}</style><p>{html.escape(run.lines[0]['dataset'])}",
@@ -1149,6 +1153,15 @@ def save_model(job, models, **more):
         **more, "models": weights, "script": job.args.script, "clip": job.clip_name,
         "class_names": job.dataset.class_names, "templates": job.dataset.templates,
         "sha256": clip.fingerprint(job.clip_model), "quick_gelu": job.args.quick_gelu})
+
+
+def export_clip(path, clip_model, class_names, t):
+    """A plain CLIP as a state dict with OpenAI's names; beside it, in `path`.classes, a unit vector
+    t_k (C, D) per class, for CLIP's own tau f.t_k."""
+    for name, content in ((path, clip.checkpoint_of(clip_model)),
+                          (f"{path}.classes", {"class_names": class_names, "t": t})):
+        with replacing(name) as file:
+            torch.save(content, file)
 
 
 def read_model(path, script):

@@ -21,7 +21,7 @@ learnt from the other four fifths.
 A views of an image, B batch, C classes, D embedding, L context words, N images, W width of a word;
 S (B, C) bool candidate sets; tau = exp(logit_scale), f and t unit vectors, p = softmax(l).
 
-Run:  python prompt_align.py                                the demo, offline, half a minute
+Run:  python prompt_align.py                                the demo, offline; 20 seconds
       python prompt_align.py --data ./oxford_pets           OpenAI's CLIP: not measured
       python prompt_align.py --data ./photos --classes cat,dog --candidates sets.csv
 
@@ -508,7 +508,8 @@ class Adapted(nn.Module):
         prompts = Prompts(clip_model, self.class_names, saved["templates"][0], saved["ctx"],
                           saved["models"]["weights"].tolist())
         prompts.load_state_dict(saved["models"])
-        self.t = prompts.to(clip_model.logit_scale.device)(clip_model).detach()     # (C, D)
+        prompts.to(clip_model.logit_scale.device)
+        self.register_buffer("t", prompts(clip_model).detach())                 # (C, D)
 
     def forward(self, x):
         f = F.normalize(self.clip_model.encode_image(x), dim=-1)                # (B, D)
@@ -524,7 +525,8 @@ def load(path, device="cpu", weights=None):
 
 
 def finish(job, p, p0, **facts):
-    """predictions.csv, report.html. p, p0 (N, C): learnt and zero-shot. Returns the summary."""
+    """predictions.csv, where p_clean is CLIP's own probability of the class, and report.html. p, p0
+    (N, C): learnt and zero-shot. Returns the summary."""
     run, test, names = job.run, job.dataset.test, job.dataset.class_names
     data.write_predictions(run.out / "predictions.csv", test.names, names, p, p0)
     run.say(f"results in {run.out}")
@@ -564,7 +566,7 @@ def adapt(args):
 
     # the images in use and their candidate sets; CLIP's features and zero-shot posteriors
     y_true, note = dataset.train.y_true, ""             # to make candidates, and for diagnostics
-    if y_true is None and (made or args.shots):
+    if y_true is None and made:
         raise data.DataError("no labels to make candidate sets from: give --candidates FILE")
     if args.shots:
         dataset.train = dataset.train.subset(data.few_shot(y_true, args.shots, args.seed))

@@ -1110,7 +1110,7 @@ def test_diagnostics_are_plain_loops():
     y, y_true = torch.randint(3, (2, 40), generator=g), torch.randint(3, (40,), generator=g)
     clean = torch.rand(2, 40, generator=g) < 0.6
     table = coft.Table(p, p_clean, all_classes(p))
-    found = coft.diagnostics(table, (y, clean), True, (1, 0), y_true)
+    found = coft.diagnostics(table, (y, clean), True, y_true)
     pairs = [(m, n) for m in (0, 1) for n in range(40)]
     right = {(m, n): bool(y[m, n] == y_true[n]) for m, n in pairs}
     kept = [mn for mn in pairs if clean[mn]]
@@ -1129,8 +1129,8 @@ def test_diagnostics_are_plain_loops():
                         / len(good) / len(bad))
         want[key] = sum(each) / 2
     assert found == pytest.approx(want, abs=1e-4)
-    assert coft.diagnostics(table, (y, clean), True, (1, 0), None).keys() == {"kept"}
-    frozen_judge = coft.diagnostics(table, (y, clean), False, (1, 0), y_true)
+    assert coft.diagnostics(table, (y, clean), True, None).keys() == {"kept"}
+    frozen_judge = coft.diagnostics(table, (y, clean), False, y_true)
     assert frozen_judge == {k: v for k, v in found.items() if "auroc" not in k}
 
 
@@ -1139,16 +1139,15 @@ def test_who_labels_and_who_judges():                   # section 3.2.2
     p_clean = torch.tensor([[[.9, .9], [.2, .9], [.9, .4]], [[.1, .6], [.8, .1], [.9, .9]]])
     labels = torch.tensor([[0, 0, 1], [1, 0, 1]]), torch.tensor([[True, False, True]] * 2)
 
-    def select(phase, peers=(1, 0)):
+    def select(number):
         table = coft.Table(p, p_clean, all_classes(p))
-        y, clean = coft.select_clean(phase, p, table, labels, peers)
+        y, clean = coft.select_clean(number, p, table, labels)
         return y.tolist(), clean.int().tolist()
     assert select(1) == ([[0, 0, 1], [1, 0, 1]], [[1, 0, 1]] * 2)   # no filter
     y, clean = select(2)                                # the own label, the peer's verdict
     for me, peer in ((0, 1), (1, 0)):
         assert y[me] == [int(p[me, n, 1] > p[me, n, 0]) for n in range(3)]
         assert clean[me] == [int(p_clean[peer, n, y[me][n]] > 0.5) for n in range(3)]
-    assert select(2, peers=(0, 1)) == ([[0, 0, 1], [1, 0, 1]], [[1, 0, 0], [1, 1, 1]])
 
 
 def test_recipe():
@@ -1386,7 +1385,7 @@ def test_run_folder(little, drawn, tmp_path, recipe, peft, monkeypatch, capsys):
 def test_flags_and_seed(little, tmp_path):
     seen = []
     for k, flags in enumerate((
-            [], ["--seed", 1], ["--judge", "self"], ["--epochs2", 0],
+            [], ["--seed", 1], ["--epochs2", 0],
             ["--epochs1", 0], ["--recipe", "paper"], ["--ctx", 4],
             ["--no-flip"], ["--no-quick-gelu"], ["--template", "{}."],
             ["--k", 3], ["--lr1", 0.01], ["--lr2", 0.01])):
@@ -1599,7 +1598,7 @@ def test_each_student_has_its_own_next_labels():        # section 3.3.1
     assert y.tolist() == [[0, 0, 1, 1], [0, 1, 1, 0]]   # two of each
 
 
-def test_log_density_is_the_normal_distributions():     # (A8)
+def test_log_density_is_the_normal_distributions():     # (A9)
     torch.manual_seed(0)
     f, q, C, D = torch.randn(40, 3), torch.rand(40, 5).softmax(dim=1), 5, 3
     mean = torch.stack([sum(q[i, k] * f[i] for i in range(40)) / q[:, k].sum() for k in range(C)])
@@ -1617,7 +1616,7 @@ def test_log_density_is_the_normal_distributions():     # (A8)
 
 
 @pytest.mark.parametrize("sizes", [(60, 60, 60), (140, 30, 10)])
-def test_labels_by_density(sizes):                      # (A8)
+def test_labels_by_density(sizes):                      # (A9)
     """Clouds of images, a tenth of whose labels are wrong: they are found, and whether they are
     equally large."""
     torch.manual_seed(0)

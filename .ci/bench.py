@@ -137,7 +137,7 @@ def a_job(o, **flags):
                              peft="vpt", peft_size=4, objective="cc", lr=2e-3, align=True,
                              teacher="evidence", **flags),
         device=o.device, clip_model=o.model, dataset=dataset, autocast=o.autocast, scaler=o.scaler,
-        added=set(coft_plus.ADDITIONS), peers=(1, 0), tau=o.model.logit_scale.exp())
+        added=set(coft_plus.ADDITIONS), tau=o.model.logit_scale.exp())
 
 
 def two_models(script, phase, o):
@@ -368,8 +368,8 @@ def one_round(N, C, top, plus, threads, queue):
     lap("balance")
     coft.pseudo_labels(p[0], table.index[0], C, 16)
     lap("S*")
-    lesson = coft.select_clean(2, p, table, None, (1, 0))
-    coft.diagnostics(table, lesson, True, (1, 0), torch.arange(N) % C)
+    lesson = coft.select_clean(2, p, table, None)
+    coft.diagnostics(table, lesson, True, torch.arange(N) % C)
     coft.complementary_labels(lesson[0], C)
     lap("verdicts")
     with tempfile.TemporaryDirectory() as folder:

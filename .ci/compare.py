@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 PEERS = ["upl", "grip", "cpl", "lafter", "fixmatch", "deft"]
-FILTERS = ["none", "perfect", "softmax"]
+FILTERS = ["none", "perfect", "softmax", "self"]
 METHODS = {
     **{name: [".ci/peers.py", name] for name in PEERS},
     **{f"{name} filter": [".ci/compare.py", name] for name in FILTERS},
@@ -39,7 +39,7 @@ GLYPHS = {"mnist": "a photo of the number {}.", "letters": "the letter {}"}
 def with_filter(name, argv):
     """coft.py with another filter of phase 2's labels. "none": all are clean; "perfect": the right
     ones are; "softmax": the surest by the peer's softmax, as many of each student as p_clean would
-    have kept. Flags are coft.py's."""
+    have kept; "self": each student judges itself. Flags are coft.py's."""
     import coft                         # before torch, see there
     import torch
     guess, select_clean, y_true = coft.guess, coft.select_clean, []
@@ -48,9 +48,11 @@ def with_filter(name, argv):
         y_true[:] = [job.dataset.train.y_true]                                  # (N,)
         return guess(job, table)
 
-    def select(phase, p, table, labels, peers):
-        y, clean = select_clean(phase, p, table, labels, peers)                 # (2, N) each
-        for me, peer in enumerate(peers if phase == 2 else ()):
+    def select(number, p, table, labels):
+        y, clean = select_clean(number, p, table, labels)                       # (2, N) each
+        if number > 1 and name == "self":
+            return y, coft.at(table.p_clean, table.index, y) > 0.5
+        for me, peer in ((0, 1), (1, 0)) if number > 1 else ():
             score = {"none": torch.ones(len(y[me])), "perfect": y[me] == y_true[0],
                      "softmax": coft.at(p[peer], table.index[peer], y[me])}[name]       # (N,)
             kept = clean[me].sum() if name == "softmax" else score.sum()
