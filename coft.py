@@ -299,6 +299,8 @@ def select_clean(number, p, table, labels):
     if number == 1:
         return labels
     y = labels_of(p, table.index)                                               # (2, N)
+    if number == 3:                                     # (A7) phase 1's judges know less by now
+        return y, torch.ones_like(y, dtype=torch.bool)
     return y, at(table.p_clean.flip(0), table.index.flip(0), y) > 0.5
 
 

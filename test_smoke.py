@@ -1144,6 +1144,7 @@ def test_who_labels_and_who_judges():                   # section 3.2.2
         y, clean = coft.select_clean(number, p, table, labels)
         return y.tolist(), clean.int().tolist()
     assert select(1) == ([[0, 0, 1], [1, 0, 1]], [[1, 0, 1]] * 2)   # no filter
+    assert select(3) == ([[0, 0, 1], [1, 0, 1]], [[1, 1, 1]] * 2)   # (A7)
     y, clean = select(2)                                # the own label, the peer's verdict
     for me, peer in ((0, 1), (1, 0)):
         assert y[me] == [int(p[me, n, 1] > p[me, n, 0]) for n in range(3)]
@@ -2347,6 +2348,7 @@ def test_student(little, tmp_path, capsys, script=coft):            # section 4.
     for name in ("small", "resnet32"):
         assert run(tmp_path / name, "--student", tmp_path / f"{name}.pt", "--max-steps", 3,
                    "--export", tmp_path / "plain.pt", script=script) == 0
+        assert {line.get("phase") for line in read(tmp_path / name)[0]} == {None, 1, 2, 3}
         model, start = script.load(tmp_path / name / "model.pt"), clip.load(
             tmp_path / f"{name}.pt")[0].visual.state_dict()
         learnt = model.models[0].visual.state_dict()
@@ -2357,6 +2359,9 @@ def test_student(little, tmp_path, capsys, script=coft):            # section 4.
                    script=script) == 0
         rows = [(tmp_path / out / name / "predictions.csv").read_text() for out in ("", "again")]
         assert rows[0] == rows[1]
+    assert run(tmp_path / "in 2", "--student", tmp_path / "small.pt", "--max-steps", 1, "--recipe",
+               "ours-third", script=script) == 0
+    assert {line.get("phase") for line in read(tmp_path / "in 2")[0]} == {None, 1, 2}
     assert run(tmp_path / "x", "--student", tmp_path / "resnet.pt", script=script) == 2
     assert "takes images of 64 pixels, not 32" in capsys.readouterr().err
 
@@ -2475,13 +2480,13 @@ def test_two_processes_are_one(tmp_path, script, flags):
 
 @pytest.mark.parametrize("script, flags", [
     ("coft", []), ("coft_plus", []), ("coft_plus", ["--recipe", "paper"]),
-    ("prompt_align", ["--objective", "pico"])])
+    ("coft_plus", ["--student", "tiny", "--epochs2", "2"]), ("prompt_align", ["--objective", "pico"])])
 def test_kill_and_resume(little, tmp_path, script, flags, capsys):
     """A killed run goes on to the same weights, tables and log, bit for bit."""
     main, argv = MODULES[script].main, [*SCRIPTS[script], *flags, "--out"]
     assert main([*argv, str(tmp_path / "whole")]) == 0
     steps = 3                                           # of an epoch
-    for step in (2, 8):                                 # in the first epoch; in the last phase
+    for step in (2, 17 if "--student" in flags else 8):     # in the first epoch; in the last phase
         cut = tmp_path / f"cut{step}"
         status, screen = processes(1, script, cut, *flags, at=step, do=signal.SIGKILL)
         assert status == [-signal.SIGKILL], screen
