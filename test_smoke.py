@@ -2480,7 +2480,8 @@ def test_two_processes_are_one(tmp_path, script, flags):
 
 @pytest.mark.parametrize("script, flags", [
     ("coft", []), ("coft_plus", []), ("coft_plus", ["--recipe", "paper"]),
-    ("coft_plus", ["--student", "tiny", "--epochs2", "2"]), ("prompt_align", ["--objective", "pico"])])
+    ("coft_plus", ["--student", "tiny", "--epochs2", "2"]),
+    ("prompt_align", ["--objective", "pico"])])
 def test_kill_and_resume(little, tmp_path, script, flags, capsys):
     """A killed run goes on to the same weights, tables and log, bit for bit."""
     main, argv = MODULES[script].main, [*SCRIPTS[script], *flags, "--out"]
