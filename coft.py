@@ -558,7 +558,7 @@ def finish(job, models, zero=None):
     table = predict(job, models, job.test, top=len(names), crops=job.crops)     # (A6)
     p, p_clean = table.p.mean(dim=0), table.p_clean.mean(dim=0)                 # (N, C) each
     data.write_predictions(run.out / "predictions.csv", test.names, names, p, p_clean)
-    run.say(f"results in {run.out}" + ", predicted from five crops" * (job.crops > 0))
+    run.say(f"results in {run.out}" + f"; five crops weigh {job.crops:.0%}" * (job.crops > 0))
     summary = run.report(zero_shot=zero, accuracy=data.accuracy(p, test.y_true), crops=job.crops)
     data.write_report(run, test, names, p)
     if args.export:
