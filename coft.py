@@ -398,7 +398,7 @@ def train_phase(job, number, students, view, labels, table):
                 y[:, job.known], clean[:, job.known] = images.y_true[job.known], True
             lesson = y, clean
         y, clean = lesson                                                       # (2, N) each
-        for loader, mine in zip(loaders, clean):        # batches of clean images only
+        for loader, mine in zip(loaders, clean):        # batches of clean images, if any
             loader.sampler.among = mine.nonzero()[:, 0].tolist()
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
                                  f"phase {number} epoch {epoch + 1}/{epochs}", steps - phase.step):

@@ -913,8 +913,7 @@ def command_line(adapt, args):
     status, n = 2, int(os.environ.get("WORLD_SIZE", 1))
     try:
         for flag, value in vars(args).items():
-            least = flag in ("batch_size", "rounds", "passes", "peft_size",     # 1; else 0
-                              "max_steps")
+            least = flag in ("batch_size", "rounds", "passes", "max_steps")     # 1; else 0
             if isinstance(value, (int, float)) and not value >= least:
                 raise DataError(f"--{flag.replace('_', '-')} {value} is too small")
         if n == 1:                                      # torchrun's processes just end
