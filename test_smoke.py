@@ -2372,11 +2372,12 @@ def test_shots(drawn, little, tmp_path, capsys, script=coft):       # section 4.
     with pytest.MonkeyPatch.context() as patch:
         step = script.train_step
         patch.setattr(script, "train_step", lambda job, phase, batches, y, clean: seen.append(
-            (y.clone(), clean.clone())) or step(job, phase, batches, y, clean))
+            (y.clone(), clean.clone(), batches[0][-1])) or step(job, phase, batches, y, clean))
         assert run(tmp_path / "run", "--shots", 2, "--max-steps", 2, script=script) == 0
-    for y, clean in seen:                               # in both phases, for both students
+    for y, clean, i in seen:                            # in both phases, for both students
+        assert 0.2 < torch.isin(i, known).float().mean() < 0.8          # half of each batch
         assert (y[:, known] == torch.as_tensor(y_true)[known]).all() and clean[:, known].all()
-    assert any((y != torch.as_tensor(y_true)).any() for y, _ in seen)
+    assert any((y != torch.as_tensor(y_true)).any() for y, *_ in seen)
     shuffled = list(y_true)                             # the labels of no other image are read
     others = [i for i in range(100) if i not in known.tolist()]
     for i, j in zip(others, others[1:] + others[:1]):
