@@ -34,7 +34,7 @@ words), lam 1, batches of 64, momentum 0.9; an epoch is N / B steps, however sma
 from; CoOp's templates, in V+ and V- too; random words as large as CLIP's; students differ in order
 and complements too; a class that is nobody's guess takes its K likeliest images; W starts at t0;
 warm-up, cosine, weight decay 5e-4 (A4: 0.01 for the encoder, none elsewhere); weak views; V- learns
-ten times as fast as V+ in A4. --shots is the paper's 4.4; its images are half of each batch.
+ten times as fast as V+ in A4. --shots is the paper's 4.4; its images are a quarter of a batch.
 --student is 4.5 (A7).
 """
 import argparse
@@ -401,8 +401,8 @@ def train_phase(job, number, students, view, labels, table):
         y, clean = lesson                                                       # (2, N) each
         for loader, mine in zip(loaders, clean):        # batches of clean images, if any
             among = mine.nonzero()[:, 0].tolist()
-            if args.shots:                              # half of a batch: few would drown in them
-                among += job.known.tolist() * (len(among) // len(job.known))
+            if args.shots:                              # a quarter: few would drown among them
+                among += job.known.tolist() * (len(among) // (3 * len(job.known)))
             loader.sampler.among = among
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
                                  f"phase {number} epoch {epoch + 1}/{epochs}", steps - phase.step):

@@ -447,8 +447,8 @@ def train_phase(job, number, round, students, view, labels, table):
         y, clean = lesson                                                       # (2, N) each
         for loader, mine in zip(loaders, clean):        # batches of clean images, or for Eq. 8 all
             among = mine.nonzero()[:, 0].tolist()
-            if args.shots:                              # half of a batch: few would drown in them
-                among += job.known.tolist() * (len(among) // len(job.known))
+            if args.shots:                              # a quarter: few would drown among them
+                among += job.known.tolist() * (len(among) // (3 * len(job.known)))
             loader.sampler.among = [] if phase.keys else among
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
                                  f"phase {number} round {round + 1} epoch {epoch + 1}/{epochs}",
