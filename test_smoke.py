@@ -1414,7 +1414,7 @@ def test_each_addition_alone(little, tmp_path, monkeypatch):
     """Every one can be left out, alone, and does something."""
     seen = {}
     monkeypatch.setattr(coft_plus, "WHOLE", 8)
-    for name in ["", *coft_plus.ADDITIONS]:
+    for name in {"": "", **coft_plus.ADDITIONS}.keys() - {"third"}:     # see test_student
         recipe = f"ours-{name}" if name else "ours"
         assert run(tmp_path / recipe, "--recipe", recipe, "--epochs2", 2, "--max-steps", 4,
                    script=coft_plus) == 0
