@@ -296,7 +296,8 @@ def select_clean(number, p, table, labels):
     """What each student is taught next: labels y (2, N) and which are clean (2, N) bool.
 
     Phase 1: `labels`, y and S*, (2, N) each, as they are. Phase 2, section 3.2.2: the student's own
-    labels of all images, by p (2, N, H), as the peer lets them pass, p_clean_y > 1/2."""
+    labels of all images, by p (2, N, H), as the peer lets them pass, p_clean_y > 1/2.
+    Phase 3 (A7): all of them."""
     if number == 1:
         return labels
     y = labels_of(p, table.index)                                               # (2, N)
