@@ -204,12 +204,10 @@ class Prompt(nn.Module):
         self.register_buffer("token_suffix", emb[:, 1 + n:], persistent=False)  # (C, T - n - 1, W)
         self.register_buffer("eot", tokens.argmax(dim=1), persistent=False)     # (C,)
 
-    def forward(self, clip_model):
-        """-> t (C, D), unit rows."""
+    def forward(self):
+        """-> word vectors (C, T, W)."""
         ctx = self.ctx.expand(len(self.eot), -1, -1)                    # (C, n, W)
-        emb = torch.cat([self.token_prefix, ctx, self.token_suffix], dim=1)     # (C, T, W)
-        t = clip_model.encode_text_embeddings(emb, self.eot, chunk=256, shared=1 + ctx.shape[1])
-        return F.normalize(t, dim=-1)
+        return torch.cat([self.token_prefix, ctx, self.token_suffix], dim=1)
 
 
 class Adapter(nn.Module):
@@ -260,8 +258,11 @@ class Student(nn.Module):
             self.adapters = nn.ModuleList(Adapter(width, args.peft_size) for width in widths)
 
     def texts(self, clip_model):
-        """t+ and t-, unit rows (C, D) in fp32."""
-        return self.pos(clip_model).float(), self.neg(clip_model).float()
+        """t+ and t-, unit rows (C, D) in fp32, in one pass."""
+        emb = torch.stack([self.pos(), self.neg()])                     # (2, C, T, W)
+        shared = 1 + self.pos.ctx.shape[1]                              # <sot> [V_1] ... [V_n]
+        t = clip_model.encode_text_embeddings(emb, self.pos.eot, shared)        # (2, C, D)
+        return F.normalize(t.float(), dim=-1).unbind()
 
     def forward(self, clip_model, x, texts=None):
         """Images (B, 3, R, R), `texts` if they are at hand -> unit features f (B, D), l+ and l-
@@ -367,7 +368,7 @@ def start_phase(job, number, students, steps):
     return SimpleNamespace(
         number=number, students=students, optimizer=optimizer, step=0,
         keys=nn.ModuleList(keys).to(job.device),
-        forward=[data.distributed(student) for student in students],    # averages gradients
+        forward=[data.distributed(me, args.compile) for me in students],    # averages gradients
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warm_cosine, total=steps)))
 
 
@@ -813,6 +814,8 @@ def parse(argv=None):
     add("--epochs2", type=int, help="of phase 2; 0 leaves it out")
     add("--lr1", type=float, help="of prompts and light modules")
     add("--lr2", type=float, help="of the image encoder")
+    add("--compile", action="store_true", help="torch.compile the steps: worth it on a GPU, for "
+        "long runs")
     add("--export", metavar="FILE", help="also write one model as a plain CLIP")
     return parser.parse_args(argv)
 

@@ -898,12 +898,13 @@ def gather(x):
     return Gather.apply(x) if world_size() > 1 and x is not None else x
 
 
-def distributed(module):
-    """The module with its gradients averaged over the processes."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                 # newer versions call the argument otherwise
-        return (DistributedDataParallel(module, broadcast_buffers=False) if world_size() > 1 else
-                module)
+def distributed(module, compiled=False):
+    """The module with its gradients averaged over the processes; compiled: by torch.compile."""
+    if world_size() > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")             # newer versions call the argument otherwise
+            module = DistributedDataParallel(module, broadcast_buffers=False)
+    return torch.compile(module) if compiled else module
 
 
 # ---- shared by the scripts: the run folder ----

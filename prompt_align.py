@@ -202,7 +202,7 @@ class Prompt(nn.Module):
         """-> t (C, D), unit rows."""
         ctx = self.ctx.expand(len(self.eot), -1, -1)                    # (C, L, W)
         emb = torch.cat([self.token_prefix, ctx, self.token_suffix], dim=1)     # (C, T, W)
-        t = clip_model.encode_text_embeddings(emb, self.eot, chunk=256, shared=1 + ctx.shape[1])
+        t = clip_model.encode_text_embeddings(emb, self.eot, shared=1 + ctx.shape[1])
         return F.normalize(t, dim=-1)
 
 

@@ -180,33 +180,33 @@ def test_text_is_cut_after_the_last_end_of_text(vit):
     full = x[torch.arange(3), tokens.argmax(-1)] @ vit.text_projection          # (3, D)
     assert torch.allclose(short, full, rtol=1e-5, atol=1e-5)
     assert torch.equal(vit.encode_text_embeddings(emb, tokens.argmax(-1)), short)
-    assert torch.allclose(vit.encode_text(tokens, chunk=2), short, rtol=1e-4, atol=1e-5)
     tokens[0, 10:] = 7                                  # what comes after the end plays no part
     assert torch.allclose(vit.encode_text(tokens)[0], short[0], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="context length"):
         vit.encode_text(torch.zeros(1, 78, dtype=torch.long))
 
 
-def test_shared_words_and_chunks_are_exact(vit):
-    tokens = clip.tokenize([f"a photo of a {'big ' * (i % 3)}cat" for i in range(7)])[:, :10]
-    eot, sizes, results = tokens.argmax(-1), [], []     # the longest text has 9 tokens
-    handle = vit.transformer.resblocks[0].register_forward_hook(
-        lambda *a: sizes.append(a[2].shape[0] * a[2].shape[1]))
-    for chunk, shared, seen in ((None, 0, [7 * 9]), (None, 5, [5 + 7 * 4]), (3, 0, [27, 27, 9]),
-                                (None, 1, [1 + 7 * 8]), (3, 5, [5 + 3 * 4, 5 + 3 * 4, 9])):
-        ctx = vit.token_embedding(tokens[:1, 1:5]).detach().requires_grad_()    # (1, 4, W)
-        emb = vit.token_embedding(tokens).detach()                              # (7, 10, W)
-        emb = torch.cat([emb[:, :1], ctx.expand(7, -1, -1), emb[:, 5:]], dim=1)
+def test_shared_words_and_many_texts_are_exact(vit):
+    tokens = clip.tokenize([f"a photo of a {'big ' * (i % 3)}cat" for i in range(300)])[:, :10]
+    eot, sizes = tokens.argmax(-1), []                  # the longest text has 9 tokens
+    ctx = torch.randn(2, 1, 4, 64).requires_grad_()     # two prompts
+    emb = vit.token_embedding(tokens).detach().expand(2, -1, -1, -1)            # (2, 300, 10, W)
+    emb = torch.cat([emb[:, :, :1], ctx.expand(-1, 300, -1, -1), emb[:, :, 5:]], dim=2)
+
+    def with_gradients(f):
+        return f, *torch.autograd.grad(f.square().sum(), [ctx, vit.text_projection])
+    expected = with_gradients(torch.stack([torch.cat([
+        vit.encode_text_embeddings(prompt[i:i + 60], eot[i:i + 60]) for i in range(0, 300, 60)])
+        for prompt in emb]))
+    handle = vit.transformer.resblocks[0].register_forward_pre_hook(
+        lambda _, inputs: sizes.append(inputs[0].shape[0] * inputs[0].shape[1]))
+    for shared, seen in ((0, 300 * 9), (1, 1 + 300 * 8), (5, 5 + 300 * 4)):
+        found = with_gradients(vit.encode_text_embeddings(emb, eot, shared))    # (2, 300, D)
+        for value, right in zip(found, expected):
+            assert (value - right).abs().max() < 1e-5 * right.abs().max()
+        assert sizes == 2 * [2 * seen]                  # tokens of a block, computed again
         sizes.clear()
-        features = vit.encode_text_embeddings(emb, eot, chunk, shared)          # (7, D)
-        assert sizes == seen                            # tokens in each call of a block
-        grads = torch.autograd.grad(features.square().sum(), [ctx, vit.text_projection])
-        assert len(sizes) == len(seen) * (2 if chunk else 1)    # chunks are recomputed
-        results.append((features.detach(), *grads))
     handle.remove()
-    for result in results[1:]:
-        for value, expected in zip(result, results[0]):
-            assert (value - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_prompts(vit, resnet):
@@ -1185,17 +1185,19 @@ def frozen():
 def test_prompt_starts_at_zero_shot(vit, template, monkeypatch):
     words = template if not template.startswith("{}") else "a photo of a " + template
     want = F.normalize(vit.encode_text(clip.tokenize([words.format(c) for c in NAMES])), dim=-1)
+    args = SimpleNamespace(peft="vpt", peft_size=4, ctx=0)
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
-    prompt = coft.Prompt(vit, NAMES, template, 0)
-    assert prompt.ctx.shape[0] == 1 and torch.allclose(prompt(vit), want, atol=1e-5)
+    for t in coft.Student(vit, NAMES, template, args).texts(vit):
+        assert torch.allclose(t, want, atol=1e-5)
     monkeypatch.setattr(torch, "randn_like", lambda v: 30 * torch.randn(v.shape))
-    noisy = coft.Prompt(vit, NAMES, template, 0)
-    assert not torch.allclose(noisy(vit), want, atol=1e-4)
+    for t in coft.Student(vit, NAMES, template, args).texts(vit):
+        assert not torch.allclose(t, want, atol=1e-4)
     monkeypatch.undo()
-    drawn = coft.Prompt(vit, NAMES, template, 16)                       # 16 random words
-    assert drawn.ctx.shape == (1, 16, 64) and drawn(vit).shape == want.shape
-    words = vit.token_embedding.weight.detach()
-    assert float(drawn.ctx.detach().std()) == pytest.approx(float(words.std()), rel=0.1)
+    args.ctx, words = 16, vit.token_embedding.weight    # random words
+    student = coft.Student(vit, NAMES, template, args)
+    drawn = student.pos.ctx.detach()                                            # (1, 16, W)
+    assert drawn.shape == (1, 16, 64) and student.texts(vit)[1].shape == want.shape
+    assert float(drawn.std()) == pytest.approx(float(words.std()), rel=0.1)
 
 
 def student_of(model, names=NAMES, peft="vpt"):
@@ -1642,11 +1644,11 @@ def test_labels_by_density(sizes):                      # (A9)
 
 def test_contrast_in_phase_2(frozen, monkeypatch):      # Eq. (8)-(10)
     torch.manual_seed(0)
-    args, sent = SimpleNamespace(peft="vpt", peft_size=2, ctx=0, gamma=0.5, batch_size=4), []
+    args, sent = SimpleNamespace(peft="vpt", peft_size=2, ctx=0, gamma=0.5, batch_size=4, lr1=1e-3,
+                                 lr2=1e-3, compile=False), []
     job = SimpleNamespace(clip_model=frozen, args=args, added={"adam"}, scaler=torch.amp.GradScaler(
         enabled=False), autocast=nullcontext, device=torch.device("cpu"), t0=unit(10, 64),
         full=frozen, dataset=SimpleNamespace(class_names=shapes.SHAPES, train=range(8)))
-    args.lr1 = args.lr2 = 1e-3
     students = torch.nn.ModuleList(coft_plus.Student(frozen, shapes.SHAPES, "a {}.", args)
                                    for _ in range(2))
     assert not coft_plus.start_phase(job, 1, students, 5).keys          # phase 2 alone
@@ -2516,7 +2518,8 @@ def test_processes_that_fail(tmp_path):
     assert status == [2, 2] and "--batch-size 31 cannot be divided by 2 processes" in screen[0]
 
 
-def test_mixed_precision(little, tmp_path, capsys):
+def test_mixed_precision(little, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**18))
     found, few = {}, ["--batch-size", 4, "--epochs1", 1, "--epochs2", 0, "--max-steps", 4]
     assert run(tmp_path / "paper", "--recipe", "paper", "--amp", "bf16", "--max-steps", 1) == 0
     for amp in ("off", "bf16", "fp16"):                 # fp16: its first steps overflow
@@ -2528,8 +2531,20 @@ def test_mixed_precision(little, tmp_path, capsys):
     skipped = {amp: line["skipped"] for amp, line in found.items()}
     assert skipped["off"] == skipped["bf16"] == 0 < skipped["fp16"] < 4, skipped
     state = torch.load(tmp_path / "fp16" / "last.pt", weights_only=True)
-    assert state["scaler"]["scale"] <= 2.0**15
+    assert state["scaler"]["scale"] == 2.0**(18 - skipped["fp16"])
     assert int(state["optimizer"]["state"][0]["step"]) == 4 - skipped["fp16"]
+
+
+def test_compile(little, tmp_path, monkeypatch):
+    real, used = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda module: used.append(type(module).__name__) or real(
+        module, backend="aot_eager"))
+    for name, flags in (("plain", []), ("compiled", ["--compile"])):
+        assert run(tmp_path / name, "--batch-size", 4, "--max-steps", 2, *flags) == 0
+    assert used == 2 * ["Student"] + 2 * ["FullModel"]
+    plain, compiled = ([line["loss"] for line in epochs_of(tmp_path / name) if "loss" in line]
+                       for name in ("plain", "compiled"))
+    assert plain and plain == pytest.approx(compiled, rel=1e-3)
 
 
 def test_loss_that_is_not_finite(little, tmp_path, monkeypatch, capsys):

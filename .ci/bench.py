@@ -20,6 +20,7 @@ import argparse
 import copy
 import json
 import multiprocessing
+import resource
 import statistics
 import sys
 import tempfile
@@ -129,13 +130,13 @@ def usual(o):
     return step, 2 * o.B
 
 
-def a_job(o, **flags):
+def a_job(o):
     """What the scripts' training steps need, as data.setup makes it."""
     dataset = SimpleNamespace(train=range(4 * o.B), class_names=o.names, templates=[TEMPLATE])
     return SimpleNamespace(
         args=SimpleNamespace(batch_size=o.B, lr1=2e-3, lr2=1e-5, lam=1.0, gamma=1.0, seed=0, ctx=0,
                              peft="vpt", peft_size=4, objective="cc", lr=2e-3, align=True,
-                             teacher="evidence", **flags),
+                             teacher="evidence", compile=o.compiled),
         device=o.device, clip_model=o.model, dataset=dataset, autocast=o.autocast, scaler=o.scaler,
         added=set(coft_plus.ADDITIONS), tau=o.model.logit_scale.exp())
 
@@ -147,8 +148,6 @@ def two_models(script, phase, o):
     students = nn.ModuleList(script.Student(o.model, o.names, TEMPLATE, job.args)
                              for _ in range(2)).to(o.device)
     state = script.start_phase(job, phase, students, 1000)
-    for student in state.students if phase == 2 and o.compiled else ():
-        student.visual.compile()
     y, clean = torch.randint(o.C, (2, N)), torch.rand(2, N) > 0.5
 
     def step():
@@ -188,8 +187,6 @@ def prepare(args, row, C):
     e, r, vl, vw, p, length, words, tw, th, tl = ARCHS[args.arch]
     with device:
         model = clip.CLIP(e, r, vl, vw, p, length, words, tw, th, tl).eval().requires_grad_(False)
-    if args.compile:
-        model.visual.compile()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -219,14 +216,14 @@ def measure(args, row, C):
         child.start()
         child.join()
         found["peak_gb"] = None if child.exitcode else queue.get()
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     try:
         plain = copy.copy(args)
         plain.compile = False                       # compiled code is not counted
         with FlopCounterMode(display=False) as counter:
             prepare(plain, row, C)[0]()
+        if cuda:                                    # the counter keeps what is computed again
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         step, images = prepare(args, row, C)
         for _ in range(args.warmup):
             step()
@@ -339,9 +336,9 @@ class Batches:
         return ((i, i) for i in torch.arange(self.N).split(512))
 
 
-def one_round(N, C, top, plus, threads, queue):
+def one_round(N, C, top, plus, threads, device, queue):
     """In a process of its own: coft.py's work on its tables in an epoch of phase 2, no CLIP; plus:
-    also coft_plus.py's labels by density (A8), of features (N, 512)."""
+    also coft_plus.py's labels by density (A9), of features (N, 512) on the device."""
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     coft.TOP, names, seconds, mark = top, [f"class {k}" for k in range(C)], {}, time.time()
@@ -356,9 +353,9 @@ def one_round(N, C, top, plus, threads, queue):
     mark = time.time()
     table = predict([MadeUp(C), MadeUp(C)], Batches(N), True, table, (0.5, 1.0))
     lap("posteriors")
-    f = torch.zeros(2, N, 512, dtype=torch.half) if plus else None
+    f = torch.zeros(2, N, 512, dtype=torch.half, device=device) if plus else None
     for part in f.flatten(end_dim=1).split(8192) if plus else ():
-        part.copy_(F.normalize(torch.randn(part.shape), dim=1))
+        part.copy_(F.normalize(torch.randn(part.shape, device=device), dim=1))
     mark = time.time()
     if plus:
         coft_plus.by_density(table, table.p, f, C, True)
@@ -382,24 +379,27 @@ def one_round(N, C, top, plus, threads, queue):
             data.write_predictions(f"{folder}/predictions.csv", [f"{n}.jpg" for n in i.tolist()],
                                    names, *dense)
         lap("predictions.csv")
-    queue.put((data.peak_memory_gb(), size, seconds))
+    peaks = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, (
+        torch.cuda.max_memory_allocated() / 2**30)
+    queue.put((*peaks, size, seconds))
 
 
-def measure_scale(numbers, C, threads):
+def measure_scale(numbers, C, threads, device):
     """Prints time and memory of `one_round` with tables of 16 classes an image, for coft.py and
     coft_plus.py, and, up to 100,000 images, of all C."""
     context = multiprocessing.get_context("spawn")
-    print("| images | classes held | script | peak GB | last.pt GB | seconds | posteriors | "
-          "densities | balance | S* | verdicts | last.pt | predictions.csv |\n|" + 13 * "---|",
+    print("| images | classes held | script | peak GB | GPU GB | last.pt GB | seconds | posteriors | "
+          "densities | balance | S* | verdicts | last.pt | predictions.csv |\n|" + 14 * "---|",
           flush=True)
     for N, top, plus in ((N, *way) for N in numbers for way in ((16, 0), (16, 1), (C, 0))
                          if way[0] == 16 or N <= 100_000):
         queue = context.Queue()
-        child = context.Process(target=one_round, args=(N, C, top, plus, threads, queue))
+        child = context.Process(target=one_round, args=(N, C, top, plus, threads, device, queue))
         child.start()
-        gb, size, seconds = queue.get()
+        *gb, size, seconds = queue.get()
         child.join()
-        print(f"| {N:,} | {top} | {'coft_plus' if plus else 'coft'} | {gb:.2f} | {size:.2f} |",
+        print(f"| {N:,} | {top} | {'coft_plus' if plus else 'coft'} |",
+              " | ".join(f"{v:.2f}" for v in (*gb, size)), "|",
               f"{sum(seconds.values()):.1f} |",
               " | ".join(f"{v:.1f}" for v in seconds.values()), "|", flush=True)
 
@@ -416,8 +416,7 @@ def main(argv=None):
     add("--batch-size", type=int, default=32, help="images per step and model")
     add("--classes", default="300", help="numbers of classes, up to 1024, a table each")
     add("--amp", choices=["bf16", "fp16", "off"], default="off", help="as in the scripts")
-    add("--compile", default=False, help="torch.compile the image towers, not the usual way's",
-        **switch)
+    add("--compile", default=False, help="as in coft.py and coft_plus.py", **switch)
     add("--rows", metavar="TEXT", default="", help="only those whose name contains it")
     add("--steps", type=int, default=3, help="that are timed; the median counts")
     add("--warmup", type=int, default=1, help="steps before")
@@ -429,7 +428,7 @@ def main(argv=None):
     if args.loader:
         return measure_loader(args.loader)
     if args.scale:
-        return measure_scale(list(map(int, args.scale.split(","))), 1000, args.threads)
+        return measure_scale(list(map(int, args.scale.split(","))), 1000, args.threads, args.device)
     if args.estimate:
         print("| arch | images | blocks computed again | CLIP, GB | students and optimiser | "
               "activations | sum |\n|" + 7 * "---|")

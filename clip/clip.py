@@ -124,7 +124,8 @@ def tokenize(texts, context_length=77, truncate=False):
 def zeroshot_classifier(model, texts):
     """C lists of prompts -> (C, D): per class the mean of its unit text features, a unit vector."""
     tokens = tokenize([text for prompts in texts for text in prompts], truncate=True)
-    t = model.encode_text(tokens.to(model.logit_scale.device), chunk=256)
+    parts = tokens.to(model.logit_scale.device).split(256)
+    t = torch.cat([model.encode_text(part) for part in parts])
     rows = F.normalize(t, dim=-1).split([len(prompts) for prompts in texts])
     return F.normalize(torch.stack([row.mean(dim=0) for row in rows]), dim=-1)
 

@@ -64,23 +64,24 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, h, causal=False, delta=None, shared=0, texts=1):
-        """h (B, T, W); or (1, shared + texts R, W), `shared` tokens in front of each text's R."""
+        """h (B, T, W); or (B, shared + texts R, W), `shared` tokens in front of each text's R."""
         qkv = F.linear(h, self.in_proj_weight, self.in_proj_bias)  # (B, T, 3W)
         if delta is not None:
             qkv = qkv + delta.to(qkv.dtype)  # (B, T, 3W)
         qkv = qkv.unflatten(-1, (3, self.heads, h.shape[-1] // self.heads))  # (B, T, 3, H, W/H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 times (B, H, T, W/H)
-        if not shared:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, H, T, W/H)
-            return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, W)
-        own = [t[0, :, shared:].unflatten(1, (texts, -1)).transpose(0, 1) for t in (q, k, v)]
-        q, k, v = (t[:, :, :shared] for t in (q, k, v))  # (1, H, shared, W/H); own (n, H, R, W/H)
-        front = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        k, v = (torch.cat([t.expand(texts, -1, -1, -1), o], dim=2) for t, o in zip((k, v), own[1:]))
-        mask = torch.ones(own[0].shape[2], k.shape[2], dtype=torch.bool, device=k.device)  # (R, T)
-        y = F.scaled_dot_product_attention(own[0], k, v, attn_mask=mask.tril(shared))
-        y = [t.transpose(1, 2).flatten(2).flatten(0, 1) for t in (front, y)]
-        return self.out_proj(torch.cat(y)[None])  # (1, shared + n R, W)
+        if shared:
+            qkv, own = qkv.split([shared, h.shape[1] - shared], dim=1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # 3 times (B, H, T, W/H), T: all or the shared ones
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+        if shared:
+            q, *kv = own.unflatten(1, (texts, -1)).permute(3, 0, 1, 4, 2, 5)  # (B, n, H, R, W/H)
+            k, v = (torch.cat([f[:, None].expand(-1, texts, -1, -1, -1), t], dim=3).flatten(0, 1)
+                    for f, t in zip((k, v), kv))  # (B n, H, shared + R, W/H)
+            mask = torch.ones(q.shape[3], k.shape[2], dtype=torch.bool, device=k.device)
+            own = F.scaled_dot_product_attention(q.flatten(0, 1), k, v, attn_mask=mask.tril(shared))
+            own = own.transpose(1, 2).unflatten(0, (len(h), texts)).flatten(1, 2)
+            y = torch.cat([y, own], dim=1)  # (B, T, H, W/H)
+        return self.out_proj(y.flatten(2))  # (B, T, W)
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -121,9 +122,12 @@ class Transformer(nn.Module):
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.c_proj.weight, std=(2 * layers * width) ** -0.5)
 
-    def forward(self, x, causal=False, **shared):
+    def forward(self, x, causal=False, checkpointing=False, **shared):
         for block in self.resblocks:
-            x = block(x, causal, **shared)  # (B, T, W)
+            if checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, causal, use_reentrant=False, **shared)  # (B, T, W)
+            else:
+                x = block(x, causal, **shared)  # (B, T, W)
         return x
 
 
@@ -318,55 +322,42 @@ class CLIP(nn.Module):
             raise ValueError(f"images must be (B, 3, {size}, {size}), got {tuple(image.shape)}")
         return self.visual(image.to(self.dtype), prompts, adapters)  # (B, D)
 
-    def encode_text(self, text, chunk=None):
+    def encode_text(self, text):
         """Token ids (n, L) as `tokenize` makes them -> features (n, D), not normalised.
 
         The tower is causal and the feature is read at the end-of-text token (the largest id), so
-        what comes after the last of them is never computed.  `chunk`: see encode_text_embeddings.
+        what comes after the last of them is never computed.
         """
-        eot = text.argmax(dim=-1).cpu()  # (n,)
-        return self._encode_chunks(text, eot, chunk)  # (n, D)
+        emb = self.token_embedding(text)  # (n, L, W)
+        return self.encode_text_embeddings(emb, text.argmax(dim=-1).cpu())  # (n, D)
 
-    def encode_text_embeddings(self, emb, eot, chunk=None, shared=0):
+    def encode_text_embeddings(self, emb, eot, shared=0):
         """Token embeddings (n, L, W) without positions, end-of-text index (n,) -> features (n, D).
+        Several prompts of the same texts in one pass: emb (G, n, L, W) -> (G, n, D).
 
-        More than `chunk` texts are encoded `chunk` at a time, and each chunk is recomputed in the
-        backward pass (activation checkpointing): same numbers, memory of one chunk.  Let emb end
-        with the longest text: what follows is cut off only if eot is on the CPU, as reading it on
-        a GPU would mean to wait.
+        Of more than 256 texts the backward pass computes each block again, as in the image tower.
+        Let emb end with the longest text: what follows is cut off only if eot is on the CPU, as
+        reading it on a GPU would mean to wait.
 
-        shared: so many tokens at the front, none of them the last, are the same in all texts.  As
-        the tower is causal they are computed once (per chunk).
+        shared: so many tokens at the front, none of them the last, are the same in all n texts.  As
+        the tower is causal they are computed once.
         """
-        return self._encode_chunks(emb, eot, chunk, shared)  # (n, D)
-
-    def _encode_chunks(self, text, eot, chunk, shared=0):
-        if text.shape[1] > self.context_length:
-            raise ValueError(f"texts of {text.shape[1]} tokens, but the model's context length is "
+        n, L = emb.shape[-3:-1]
+        if L > self.context_length:
+            raise ValueError(f"texts of {L} tokens, but the model's context length is "
                              f"{self.context_length}")
         if eot.device.type == "cpu":
-            text = text[:, :int(eot.max()) + 1 if len(eot) else 1]  # (n, T)
-        eot = eot.to(text.device)
-        if chunk is None or len(text) <= chunk:
-            return self._encode_rows(text, eot, shared)  # (n, D)
-        rows = zip(text.split(chunk), eot.split(chunk))
-        if not torch.is_grad_enabled():
-            return torch.cat([self._encode_rows(t, e, shared) for t, e in rows])  # (n, D)
-        return torch.cat([checkpoint(self._encode_rows, t, e, shared, use_reentrant=False,
-                                     preserve_rng_state=False) for t, e in rows])  # (n, D)
-
-    def _encode_rows(self, text, eot, shared):
-        emb = text if text.is_floating_point() else self.token_embedding(text)  # (n, T, W)
-        x = emb + self.positional_embedding[:emb.shape[1]]  # (n, T, W)
+            emb = emb[..., :int(eot.max()) + 1 if n else 1, :]  # (G, n, T, W)
+        x = emb + self.positional_embedding[:emb.shape[-2]]
+        x = x.reshape(-1, *x.shape[-3:])  # (G, n, T, W)
         if shared:
-            n, own = len(x), x[:, shared:].flatten(0, 1)  # (n R, W)
-            x = torch.cat([x[0, :shared], own])[None]  # (1, shared + n R, W)
-            x = self.transformer(x, causal=True, shared=shared, texts=n)
-            x, eot = x[0, shared:].unflatten(0, (n, -1)), eot - shared  # (n, R, W), (n,)
+            x = torch.cat([x[:, 0, :shared], x[:, :, shared:].flatten(1, 2)], dim=1)
+            x = self.transformer(x, True, n > 256, shared=shared, texts=n)  # (G, shared + n R, W)
+            x = x[:, shared:].unflatten(1, (n, -1))  # (G, n, R, W)
         else:
-            x = self.transformer(x, causal=True)  # (n, T, W)
-        x = x[torch.arange(len(x), device=x.device), eot]  # (n, W)
-        return self.ln_final(x) @ self.text_projection  # (n, D)
+            x = self.transformer(x.flatten(0, 1), True, n > 256).unflatten(0, x.shape[:2])
+        x = x[:, torch.arange(n, device=x.device), eot.to(x.device) - shared]  # (G, n, W)
+        return (self.ln_final(x) @ self.text_projection).reshape(*emb.shape[:-2], -1)  # (G, n, D)
 
     def forward(self, image, text):
         """Images (B, 3, R, R), token ids (n, L) -> scaled cosines (B, n) and their transpose."""
