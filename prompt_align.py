@@ -177,11 +177,12 @@ def follow_clip(p, S):
 # ======== modules ========
 
 
-class Prompt(nn.Module):
-    """L learnable context vectors, the same before each class name: [V_1] ... [V_L] cat. They start
-    from random words, as large as CLIP's own; for L = 0 from those before the class name in the
-    template, which make CLIP's zero-shot classifier."""
-    def __init__(self, clip_model, class_names, template, L):
+class Prompts(nn.Module):
+    """M prompts of L learnable context vectors, the same before each class name: [V_1] ... [V_L]
+    cat. They start from random words, as large as CLIP's own; for L = 0 from those before the class
+    name in the template, which make CLIP's zero-shot classifier. M weights make one classifier of
+    them, t_k = sum_m weight_m t_mk: the logits add up so, too."""
+    def __init__(self, clip_model, class_names, template, L, weights):
         super().__init__()
         words = " ".join(["x"] * L) or template.split("{}")[0].strip() or "a photo of a"
         rest = template.split("{}", 1)[1]
@@ -190,32 +191,25 @@ class Prompt(nn.Module):
         known = clip_model.token_embedding.weight.detach()              # (vocabulary, W)
         tokens = tokens[:, :tokens.argmax(dim=1).max() + 1].to(known.device)    # (C, T), T: longest
         emb = known[tokens]                                             # (C, T, W)
-        start = emb[0, 1:1 + n].clone()                                 # (L, W)
+        start = emb[0, 1:1 + n].repeat(len(weights), 1, 1)              # (M, L, W)
         if L:
             start = known[known.any(dim=1)].std() * torch.randn_like(start)     # tiny lacks words
-        self.ctx = nn.Parameter(start)                                  # (L, W)
-        self.register_buffer("token_prefix", emb[:, :1], persistent=False)      # (C, 1, W) <sot>
-        self.register_buffer("token_suffix", emb[:, 1 + n:], persistent=False)  # (C, T - L - 1, W)
+        self.ctx = nn.Parameter(start)                                  # (M, L, W)
+        self.register_buffer("emb", emb, persistent=False)              # (C, T, W)
         self.register_buffer("eot", tokens.argmax(dim=1), persistent=False)     # (C,)
+        self.register_buffer("weights", torch.tensor(weights))          # (M,)
 
-    def forward(self, clip_model):
-        """-> t (C, D), unit rows."""
-        ctx = self.ctx.expand(len(self.eot), -1, -1)                    # (C, L, W)
-        emb = torch.cat([self.token_prefix, ctx, self.token_suffix], dim=1)     # (C, T, W)
-        t = clip_model.encode_text_embeddings(emb, self.eot, shared=1 + ctx.shape[1])
-        return F.normalize(t, dim=-1)
-
-
-class Prompts(nn.Module):
-    """Prompts that make one classifier, t_k = sum_m weight_m t_mk: the logits add up so, too."""
-    def __init__(self, clip_model, class_names, template, L, weights):
-        super().__init__()
-        self.each = nn.ModuleList(Prompt(clip_model, class_names, template, L) for _ in weights)
-        self.register_buffer("weights", torch.tensor(weights))                  # (M,)
+    def each(self, clip_model):
+        """-> t (M, C, D), unit rows, in one pass."""
+        M, L, _ = self.ctx.shape
+        emb = self.emb.expand(M, -1, -1, -1)                            # (M, C, T, W)
+        ctx = self.ctx[:, None].expand(-1, len(self.emb), -1, -1)       # (M, C, L, W)
+        emb = torch.cat([emb[:, :, :1], ctx, emb[:, :, 1 + L:]], dim=2)
+        return F.normalize(clip_model.encode_text_embeddings(emb, self.eot, 1 + L), dim=-1)
 
     def forward(self, clip_model):
         """-> t (C, D)."""
-        return sum(w * prompt(clip_model) for w, prompt in zip(self.weights, self.each))
+        return (self.weights[:, None, None] * self.each(clip_model)).sum(dim=0)
 
 
 class Contrast(nn.Module):
@@ -263,12 +257,12 @@ def encode(job, view, epoch=0):
     return data.all_reduce_sum(f)
 
 
-def logits(job, prompts, f):
-    """l = tau f.t of a `Prompt` or of `Prompts`, in fp32 whatever the precision of CLIP's.
-    f (..., D) -> (..., C)."""
+def logits(job, t, f):
+    """l = tau f.t, in fp32 whatever the precision of CLIP's. t: `Prompts`, f (..., D) -> (..., C);
+    or their `each`, f (A, B, D) -> (M, A, B, C)."""
     with job.autocast():
-        t = prompts(job.clip_model)                                             # (C, D)
-    return job.tau * f @ t.float().T
+        t = t(job.clip_model).float().mT                                        # (..., D, C)
+    return job.tau * f @ (t if t.dim() == 2 else t[:, None])
 
 
 class Learner(nn.Module):
@@ -316,7 +310,7 @@ def train_step(job, learner, epoch, progress, f, i):
     objective, scaler, scale = job.args.objective, job.scaler, job.scaler.get_scale()
     f, i = f.to(job.device), i.to(job.device)
     S, extra = learner.sets[i], 0.0                                             # (B, C)
-    each = [logits(job, prompt, f) for prompt in learner.prompts.each]          # (A, B, C) each
+    each = logits(job, learner.prompts.each, f)                                 # (M, A, B, C)
     l_align, l = each[0], each[-1]                      # the same if one prompt is both
     if objective == "pico":
         extra = pico_step(learner, epoch, progress, f, i, l, S)
@@ -338,7 +332,7 @@ def train_step(job, learner, epoch, progress, f, i):
 
     if objective == "rc":                               # RC asks the prompt after the step
         with torch.no_grad():
-            l = logits(job, learner.prompts.each[-1], f)                        # (A, B, C)
+            l = logits(job, learner.prompts.each, f)[-1]                        # (A, B, C)
     if objective in ("rc", "proden", "lws", "crdpll"):
         learner.table[i] = confidence(objective, l, S)
     return {"loss": loss.detach(), **shown, "skipped": int(scaler.get_scale() < scale)}
@@ -380,9 +374,8 @@ def choose_weights(job, passes, sets):
         return [1.0, 0.0]
     learner = train(job, [f[:, ~held] for f in passes], sets[~held], [1.0, 1.0], trial=True)
     with torch.no_grad():
-        l = [logits(job, prompt, job.f_train[held].to(job.device)).cpu()        # (n, C) each
-             for prompt in learner.prompts.each]
-    weights = pool(*l, sets[held])
+        l = logits(job, learner.prompts.each, job.f_train[None, held].to(job.device))
+    weights = pool(*l[:, 0].cpu(), sets[held])                                  # (n, C) each
     job.run.say("weights: {} of the alignment, {} of the objective".format(*weights))
     return weights
 

@@ -1881,15 +1881,15 @@ def test_align_no_ambiguity_is_coop(tiny, random_features):
     f, i, y = random_features
     S = F.one_hot(y, 10).bool()
     torch.manual_seed(0)
-    start = pa.Prompts(tiny, shapes.SHAPES, TEMPLATE, 4, [1.0, 0.0]).each
-    for prompt in start:
-        F.cross_entropy(tiny.logit_scale.exp() * f[0] @ prompt(tiny).T, y[i]).backward()
+    start = pa.Prompts(tiny, shapes.SHAPES, TEMPLATE, 4, [1.0, 0.0])
+    for t in start.each(tiny):
+        F.cross_entropy(tiny.logit_scale.exp() * f[0] @ t.T, y[i]).backward(retain_graph=True)
     for objective in ("naive", "cc", "rc", "proden", "cavl", "pico"):   # not LWS and CRDPLL
         for teacher, times in {"evidence": 1, "dynamic": 2, "handcrafted": 2}.items():  # two losses
             learner, shown = one_step(job_of(tiny, objective, teacher), S, f, i, 0.3)
-            for mine, prompt in zip(learner.prompts.each, start):
-                torch.testing.assert_close(mine.ctx.grad, times * prompt.ctx.grad, atol=2e-6,
-                                           rtol=1e-4)
+            found = learner.prompts.ctx.grad                                    # (M, 4, W)
+            torch.testing.assert_close(found, times * start.ctx.grad[:len(found)], atol=2e-6,
+                                       rtol=1e-4)
             assert float(shown["w"]) == pytest.approx(1, abs=1e-5)
 
 
@@ -1900,19 +1900,18 @@ def test_align_total_loss(tiny, random_features):       # Eq. (10), (11)
         job = job_of(tiny, "cc", teacher)
         learner, shown = one_step(job, S, f, i, progress=0.4)
         torch.manual_seed(0)
-        start = pa.Prompts(tiny, shapes.SHAPES, TEMPLATE, 4, learner.prompts.weights.tolist()).each
-        l = [job.tau * f[0] @ prompt(tiny).T for prompt in start]
+        start = pa.Prompts(tiny, shapes.SHAPES, TEMPLATE, 4, learner.prompts.weights.tolist())
+        l = [job.tau * f[0] @ t.T for t in start.each(tiny)]
         hand = job.tau * f[0] @ job.t_hand.T
         pll, alpha = pa.loss_cc(l[-1], S[i]), 1 - 0.4 * (1 - last)
         align = pa.loss_weighted(l[0], pa.mixed_posterior(l[0], hand, S[i], alpha))
         want = pll + (align if teacher == "evidence" else (pll / align).detach() * align)
         assert float(shown["loss"]) == pytest.approx(float(want.detach()))
-        assert shown["alpha"] == alpha and len(start) == 1 + (teacher == "evidence")
-        for mine, grad in zip(learner.prompts.each, torch.autograd.grad(
-                want, [prompt.ctx for prompt in start])):
-            torch.testing.assert_close(mine.ctx.grad, grad, atol=1e-6, rtol=1e-4)
+        assert shown["alpha"] == alpha and len(start.ctx) == 1 + (teacher == "evidence")
+        grad, = torch.autograd.grad(want, start.ctx)
+        torch.testing.assert_close(learner.prompts.ctx.grad, grad, atol=1e-6, rtol=1e-4)
     alone, shown = one_step(job_of(tiny, "cc", align=False), S, f, i)
-    assert shown.keys() == {"loss", "pll", "skipped"} and len(alone.prompts.each) == 1
+    assert shown.keys() == {"loss", "pll", "skipped"} and len(alone.prompts.ctx) == 1
 
 
 def test_align_evidence(tiny):
@@ -1926,8 +1925,8 @@ def test_align_evidence(tiny):
         assert pa.loss_cc(a * right + b * right, S) <= pa.loss_cc((w[0] + w[1]) * right, S) + 1e-6
     assert pa.pool(l, right, torch.ones_like(S)) == (1, 0)
     prompts = pa.Prompts(tiny, shapes.SHAPES, TEMPLATE, 4, [0.5, 2.0])
-    torch.testing.assert_close(prompts(tiny), 0.5 * prompts.each[0](tiny) +
-                               2 * prompts.each[1](tiny))
+    one, other = prompts.each(tiny)
+    torch.testing.assert_close(prompts(tiny), 0.5 * one + 2 * other)
     rng = torch.Generator().manual_seed(0)
     y, p = torch.randint(10, (2000,), generator=rng), torch.rand(2000, 10, generator=rng)
     p[torch.arange(2000), y] += 0.5                     # right for most
@@ -1984,8 +1983,9 @@ def test_align_pico_state(tiny, random_features):
 
 def test_align_prompt_starts_at_the_template(tiny):
     t = clip.zeroshot_classifier(tiny, [[TEMPLATE.format(c)] for c in shapes.SHAPES])
-    torch.testing.assert_close(pa.Prompt(tiny, shapes.SHAPES, TEMPLATE, 0)(tiny).detach(), t)
-    assert pa.Prompt(tiny, shapes.SHAPES, TEMPLATE, 16).ctx.shape == (16, 64)
+    prompts = partial(pa.Prompts, tiny, shapes.SHAPES, TEMPLATE)
+    torch.testing.assert_close(prompts(0, [1.0])(tiny).detach(), t)
+    assert prompts(16, [1.0, 0.0]).ctx.shape == (2, 16, 64)
 
 
 def test_drawn_candidates():
@@ -2086,10 +2086,10 @@ def test_align_run_folder(little, tmp_path, objective):
     assert predictions[0] == ["path", "class", "confidence", "p_clean"] and len(predictions) == 51
     assert table[0] == ["image", "candidates", "label", "confidence"]
     assert all(row[2] in row[1].split("|") and 0 <= float(row[3]) <= 1 for row in table[1:])
-    prompt = pa.Prompt(clip.load("tiny")[0], shapes.SHAPES, "a photo of a {}.", saved["ctx"])
-    for n, weight in enumerate(last["weights"]):
-        assert not torch.equal(saved["models"][f"each.{n}.ctx"], prompt.ctx)
-        assert saved["models"]["weights"][n] == weight
+    prompts = pa.Prompts(clip.load("tiny")[0], shapes.SHAPES, "a photo of a {}.", saved["ctx"],
+                         last["weights"])
+    assert saved["models"]["weights"].tolist() == last["weights"]
+    assert (saved["models"]["ctx"] != prompts.ctx).all(dim=2).any(dim=1).all()
 
 
 def test_align_flags_and_seed(little, tmp_path):
@@ -2099,11 +2099,11 @@ def test_align_flags_and_seed(little, tmp_path):
                                "--template {}.", "--amp bf16", "--max-steps 2", "--epochs 3",
                                "--passes 1", "--no-flip", "--objective lws")):
         assert align_run(tmp_path / str(k), *flags.split()) == 0
-        ctx = align_read(tmp_path / str(k))[2]["models"]["each.0.ctx"].tolist()
+        ctx = align_read(tmp_path / str(k))[2]["models"]["ctx"].tolist()
         assert ctx not in seen, flags                                   # every flag does something
         seen.append(ctx)
     assert align_run(tmp_path / "again") == 0
-    assert align_read(tmp_path / "again")[2]["models"]["each.0.ctx"].tolist() == seen[0]
+    assert align_read(tmp_path / "again")[2]["models"]["ctx"].tolist() == seen[0]
     for k, flags in enumerate(("--supervised", "--objective naive --no-align --q 0")):   # CoOp
         assert align_run(tmp_path / f"coop{k}", *flags.split()) == 0
     assert equal(*(align_read(tmp_path / f"coop{k}")[2] for k in (0, 1)))

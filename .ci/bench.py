@@ -388,9 +388,9 @@ def measure_scale(numbers, C, threads, device):
     """Prints time and memory of `one_round` with tables of 16 classes an image, for coft.py and
     coft_plus.py, and, up to 100,000 images, of all C."""
     context = multiprocessing.get_context("spawn")
-    print("| images | classes held | script | peak GB | GPU GB | last.pt GB | seconds | posteriors | "
-          "densities | balance | S* | verdicts | last.pt | predictions.csv |\n|" + 14 * "---|",
-          flush=True)
+    print("| images | classes held | script | peak GB | GPU GB | last.pt GB | seconds | "
+          "posteriors | densities | balance | S* | verdicts | last.pt | predictions.csv |\n|"
+          + 14 * "---|", flush=True)
     for N, top, plus in ((N, *way) for N in numbers for way in ((16, 0), (16, 1), (C, 0))
                          if way[0] == 16 or N <= 100_000):
         queue = context.Queue()

@@ -131,8 +131,8 @@ def features(job, x, visual=None, tokens=None):
 
 def new_prompt(job):
     """One context for all classes, and its parameter group."""
-    prompt = prompt_align.Prompt(
-        job.clip_model, job.dataset.class_names, job.dataset.templates[0], 0)
+    prompt = prompt_align.Prompts(
+        job.clip_model, job.dataset.class_names, job.dataset.templates[0], 0, [1.0])
     rate = LR_LIGHT * float(prompt.ctx.detach().std()) / WORD_STD
     return prompt.to(job.device), {"params": [prompt.ctx], "lr": rate}
 
