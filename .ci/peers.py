@@ -286,7 +286,7 @@ def lafter(job):
         lines = [template.format(name) for template in job.dataset.templates] + more
         tokens = clip.tokenize(lines, truncate=True).to(job.device)
         with torch.no_grad():
-            t.append(F.normalize(job.clip_model.encode_text(tokens, chunk=256).float(), dim=1))
+            t.append(F.normalize(job.clip_model.encode_text(tokens).float(), dim=1))
         y += [k] * len(lines)
     t, y = torch.cat(t), torch.tensor(y, device=job.device)                     # (M, D), (M,)
     classifier = nn.Parameter(job.t0.clone())                                   # (C, D)
