@@ -163,7 +163,6 @@ def over_views(p, B, share):
 def balanced(p, index, C):
     """(A2) p_k / (mean over all images of p_k), then normalised; 20 times (Sinkhorn's iteration):
     in sum all classes get about the same. p, index (N, H) -> p (N, H)."""
-    index = index.long()
     for _ in range(20):
         mean = torch.zeros(C).index_add_(0, index.flatten(), p.flatten()) / len(p)      # (C,)
         p = p / mean.clamp(min=0.01 / C)[index]

@@ -63,6 +63,7 @@ ADDITIONS = {
 VIEWS = 8           # (A1) of each image, for the first labels
 TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its encoders the whole way
+FIT = 2**17         # (A9) images, more or less, that the Gaussians are fitted to
 SETTINGS = {    # where no flag says otherwise: (tiny CLIPs, D < 512; OpenAI's models)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (4, 10), "epochs2": (4, 10),
@@ -159,7 +160,6 @@ def over_views(p, B, share):
 def balanced(p, index, C):
     """(A2) p_k / (mean over all images of p_k), then normalised; 20 times (Sinkhorn's iteration):
     in sum all classes get about the same. p, index (N, H) -> p (N, H)."""
-    index = index.long()
     for _ in range(20):
         mean = torch.zeros(C).index_add_(0, index.flatten(), p.flatten()) / len(p)      # (C,)
         p = p / mean.clamp(min=0.01 / C)[index]
@@ -483,17 +483,16 @@ def train_phase(job, number, round, students, view, labels, table):
 # ======== (A9): where the features crowd ========
 
 
-def log_density(f, q, index, C):
-    """log N(f; mean of class k, covariance within classes) but for a constant, as in linear
-    discriminant analysis, from the images' shares q in their classes. f (N, D), q, index (N, H)
-    -> (N, H)."""
-    (N, D), device, found = f.shape, f.device, []
+def gaussians(f, q, index, C):
+    """Linear discriminant analysis: a Gaussian for each class, all with the same covariance, from
+    the images' shares q in their classes. f (N, D), q, index (N, H). Returns log_density, of any
+    images: f, index -> log N(f; mean of class k, covariance), but for a constant, (N, H)."""
+    (N, D), device = f.shape, f.device
     size, mean = torch.zeros(C, 1, device=device), torch.zeros(C, D, device=device)
     cov = torch.zeros(D, D, device=device)
-    batches = [(v, k.long().to(device), share.to(device)) for v, k, share in zip(
-        f.split(8192), index.split(8192), q.split(8192))]
-    for v, k, share in batches:                                                 # (B, D), (B, H)
-        v, share = v.float(), torch.zeros(len(v), C, device=device).scatter(1, k, share)
+    for v, k, share in zip(f.split(2048), index.split(2048), q.split(2048)):    # (B, D), (B, H)
+        v, k, share = v.float(), k.long().to(device), share.to(device)
+        share = torch.zeros(len(v), C, device=device).scatter(1, k, share)      # (B, C)
         size, mean, cov = size + share.sum(dim=0)[:, None], mean + share.T @ v, cov + v.T @ v
     size = size.clamp(min=1e-6)
     mean = mean / size
@@ -501,33 +500,48 @@ def log_density(f, q, index, C):
     ball = cov.diagonal().mean().clamp(min=1e-6) * torch.eye(D, device=device)
     root = torch.linalg.cholesky(cov.lerp(ball, D / (N + D)))   # the fewer images, the rounder
     mean = torch.linalg.solve_triangular(root, mean.T, upper=False)             # (D, C)
-    for v, k, _ in batches:
-        v = torch.linalg.solve_triangular(root, v.float().T, upper=False).T     # (B, D)
-        squares = v.square().sum(dim=1, keepdim=True) + mean.square().sum(dim=0)    # (B, C)
-        found.append((v @ mean - squares / 2).gather(1, k).cpu())
-    return torch.cat(found) - root.diagonal().log().sum().cpu()
+
+    def log_density(f, index):
+        found = []
+        for v, k in zip(f.split(2048), index.split(2048)):                      # (B, D), (B, H)
+            v = torch.linalg.solve_triangular(root, v.float().T, upper=False).T     # (B, D)
+            squares = v.square().sum(dim=1, keepdim=True) + mean.square().sum(dim=0)    # (B, C)
+            found.append((v @ mean - squares / 2).gather(1, k.long().to(device)).cpu())
+        return torch.cat(found) - root.diagonal().log().sum().cpu()
+    return log_density
 
 
 def by_density(table, p, f, C, even):
-    """Labels by the posterior p times the density of the features f (see `look`): three steps of
-    EM, from the table. If even, the classes are held to the same size (A2), unless that costs more
-    than 1 nat of likelihood an image: then the folder is not balanced. Returns q (M, N, H), and
-    whether even holds."""
-    def em(hold):
+    """Labels by the posterior p times the density of the features f (see `look`). Three steps of EM
+    from the table fit the Gaussians, to every n-th image of a large folder. If even, the classes
+    are held to the same size (A2), unless that costs more than 1 nat of likelihood an image: then
+    the folder is not balanced. Returns q (M, N, H), and whether even holds."""
+    n = max(1, f.shape[1] // FIT)
+
+    def posterior(prior, d, index, even):
+        p = (prior.clamp(min=1e-9).log() + d).softmax(dim=1)                    # (N, H)
+        return balanced(p, index, C) if even else p
+
+    def em(even):
         found, fit = [], 0.0
-        for q, index, p_m, f_m in zip(table.p, table.index, p, f):
-            q = hold(q, index, C)
+        for q, index, p_m, f_m in zip(*(v[:, ::n] for v in (table.p, table.index, p, f))):
+            q = posterior(q, 0.0, index, even)
             for _ in range(3):
-                d = log_density(f_m, q, index, C)                               # (N, H)
-                q = hold((p_m.clamp(min=1e-9).log() + d).softmax(dim=1), index, C)
-            found.append(q)
+                log_density = gaussians(f_m, q, index, C)
+                d = log_density(f_m, index)                                     # (N / n, H)
+                q = posterior(p_m, d, index, even)
+            found.append(log_density)
             fit += float(d.logsumexp(dim=1).mean()) / len(p)
-        return torch.stack(found), fit
-    q, fit = em(lambda q, index, C: q / q.sum(dim=1, keepdim=True))
+        return found, fit
+
+    found, fit = em(False)
     if even:
-        q_even, fit_even = em(balanced)
+        found_even, fit_even = em(True)
         even = fit - fit_even < 1
-    return q_even if even else q, even
+        found = found_even if even else found
+    q = [posterior(p_m, log_density(f_m, index), index, even)
+         for p_m, f_m, index, log_density in zip(p, f, table.index, found)]
+    return torch.stack(q), even
 
 
 @torch.no_grad()

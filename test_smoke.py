@@ -1608,33 +1608,36 @@ def test_log_density_is_the_normal_distributions():     # (A9)
     cov = cov * 40 / 43 + 3 / 43 * cov.diagonal().mean() * torch.eye(D)
     naive = torch.stack([torch.distributions.MultivariateNormal(m, cov).log_prob(f) for m in mean])
     naive += D / 2 * math.log(2 * math.pi)              # it leaves that out
-    torch.testing.assert_close(coft_plus.log_density(f, q, all_classes(q), C), naive.T)
+    every = all_classes(q)
+    torch.testing.assert_close(coft_plus.gaussians(f, q, every, C)(f, every), naive.T)
     some = torch.tensor([[0, 2, 3]] * 20 + [[1, 3, 4]] * 20)            # of five classes, three
-    found = coft_plus.log_density(f, q[:, :3], some, C)
+    found = coft_plus.gaussians(f, q[:, :3], some, C)(f, some)
     whole = torch.zeros(40, C).scatter(1, some, q[:, :3])
-    torch.testing.assert_close(found, coft_plus.log_density(f, whole, all_classes(whole), C)
-                               .gather(1, some))
+    torch.testing.assert_close(found, coft_plus.gaussians(f, whole, every, C)(f, some))
 
 
-@pytest.mark.parametrize("sizes", [(60, 60, 60), (140, 30, 10)])
-def test_labels_by_density(sizes):                      # (A9)
+@pytest.mark.parametrize("sizes, fit", [((60, 60, 60), 1000), ((140, 30, 10), 1000),
+                                        ((300, 300, 300), 300)])
+def test_labels_by_density(sizes, fit, monkeypatch):    # (A9)
     """Clouds of images, a tenth of whose labels are wrong: they are found, and whether they are
-    equally large."""
+    equally large. The third time the Gaussians are those of every third image."""
     torch.manual_seed(0)
+    monkeypatch.setattr(coft_plus, "FIT", fit)
+    N = sum(sizes)
     y = torch.arange(3).repeat_interleave(torch.tensor(sizes))
-    f = 3 * torch.eye(3)[y] + 0.3 * torch.randn(180, 3)
-    given = torch.where(torch.rand(180) < 0.1, (y + torch.randint(1, 3, (180,))) % 3, y)
-    p = torch.full((2, 180, 3), 0.1)
+    f = 3 * torch.eye(3)[y] + 0.3 * torch.randn(N, 3)
+    given = torch.where(torch.rand(N) < 0.1, (y + torch.randint(1, 3, (N,))) % 3, y)
+    p = torch.full((2, N, 3), 0.1)
     p.scatter_(2, given.expand(2, -1)[..., None], 0.8)
     table, seen = coft_plus.Table(p, p, all_classes(p)), (p, f.expand(2, -1, -1))
     q, even = coft_plus.by_density(table, *seen, 3, True)
-    assert even == (sizes[0] == 60)
+    assert even == (sizes[0] == sizes[1])
     assert (given == y).float().mean() < 0.95
     assert (coft_plus.labels_of(q, table.index) == y).float().mean() > 0.99
     if even:
         torch.testing.assert_close(q.mean(dim=1), torch.full((2, 3), 1 / 3))
     assert not coft_plus.by_density(table, *seen, 3, False)[1]          # once found uneven: so
-    for f in (torch.zeros(2, 180, 3), 1e3 * seen[1]):   # all alike; far apart, and sure of it
+    for f in (torch.zeros(2, N, 3), 1e3 * seen[1]):   # all alike; far apart, and sure of it
         sure = F.one_hot(given, 3).float().expand(2, -1, -1)
         q, _ = coft_plus.by_density(table, sure, f, 3, True)
         assert torch.isfinite(q).all()
