@@ -54,13 +54,14 @@ ADDITIONS = {
     "fresh":   "A3 labels, and so verdicts, anew each epoch of phase 2: train_phase",
     "adam":    "A4 AdamW, rates relative to the size of words, not SGD: param_groups",
     "part":    "A5 after a short phase 2 its encoders go only part of the way from CLIP: part_way",
-    "crops":   "A6 the models predict the mean over five crops of an image: with_crops",
-    "third":   "A7 --student learns after phase 2, from what its models predict, not in it: adapt",
-    "mix":     "A8 template and sentences are averaged, and the FC layer starts there: adapt",
+    "crops":   "A6 the models of phase 2 predict the mean over five crops, as A5 lets: with_crops",
+    "third":   "A7 --student learns in a phase 3, from what the models of phase 2 predict: adapt",
+    "mix":     "A8 the template is one sentence more, and the FC layer starts there too: adapt",
     "gauss":   "A9 later in phase 2 labels also ask where the features crowd, and are clean too if "
                "both students give them: by_density, train_phase",
 }
 VIEWS = 8           # (A1) of each image, for the first labels
+WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise were chosen
 TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its encoders the whole way
 FIT = 2**17         # (A9) images, more or less, that the Gaussians are fitted to
@@ -73,7 +74,6 @@ SETTINGS = {    # where no flag says otherwise: (tiny CLIPs, D < 512; OpenAI's m
              "gamma": (0.0, 0.0), "rounds": (1, 1)}}
 
 # ======== equations ========
-
 
 def logits(f, t, tau):
     """l_k = tau f(x).t_k, in fp32: l+ for t+, l- for t-. f (B, D), t (C, D) -> (B, C)."""
@@ -101,11 +101,12 @@ def labels_of(p, index):
 
 def pseudo_labels(p0, index, C, K):
     """Eq. (1), S*: y = argmax_k p0_k; confident: per class the K images with the largest p0_y. A
-    class that is nobody's argmax takes the K largest of its column. p0, index (N, H) -> y (N,),
-    confident (N,) bool."""
+    class that is nobody's argmax takes the largest of its column, at most K and N / C of them. p0,
+    index (N, H) -> y (N,), confident (N,) bool."""
     y = labels_of(p0, index)
     for k in set(range(C)) - set(y.tolist()):
-        y[at(p0, index, torch.tensor([k])).topk(min(K, len(y))).indices] = k
+        best = at(p0, index, torch.tensor([k])).topk(min(K, math.ceil(len(y) / C)))
+        y[best.indices[best.values > 0]] = k
     order = at(p0, index, y).argsort(descending=True, stable=True)
     order = order[y[order].argsort(stable=True)]        # class by class, the surest first
     n = y.bincount(minlength=C)                                                 # (C,)
@@ -113,11 +114,9 @@ def pseudo_labels(p0, index, C, K):
     return y, torch.zeros(len(y), dtype=torch.bool).index_fill(0, order[place < K], True)
 
 
-def loss_cls(l_pos, y, clean):
-    """Eq. (4), (7): mean of -log softmax(l+)_y over the clean images; 0 if there are none.
-    l_pos (B, C), y (B,), clean (B,) bool."""
-    loss = F.cross_entropy(l_pos, y, reduction="none")                          # (B,)
-    return (loss * clean).sum() / clean.sum().clamp(min=1)
+def loss_cls(l_pos, y):
+    """Eq. (4), (7): -log softmax(l+)_y of each image. l_pos (B, C), y (B,) -> (B,)."""
+    return F.cross_entropy(l_pos, y, reduction="none")
 
 
 def log_p_clean(l_pos, l_neg):
@@ -125,12 +124,11 @@ def log_p_clean(l_pos, l_neg):
     return F.logsigmoid(l_pos - l_neg), F.logsigmoid(l_neg - l_pos)
 
 
-def loss_neg(l_pos, l_neg, y, y_bar, clean):
-    """Eq. (6): mean of -log p_clean_y - log(1 - p_clean_ybar) over the clean images; 0 if there are
-    none. l (B, C), y and y_bar (B,), clean (B,) bool."""
+def loss_neg(l_pos, l_neg, y, y_bar):
+    """Eq. (6): -log p_clean_y - log(1 - p_clean_ybar) of each image. l (B, C), y and y_bar (B,)
+    -> (B,)."""
     log_clean, log_unclean = log_p_clean(l_pos, l_neg)                          # (B, C) each
-    loss = -(log_clean.gather(1, y[:, None]) + log_unclean.gather(1, y_bar[:, None]))[:, 0]
-    return (loss * clean).sum() / clean.sum().clamp(min=1)
+    return -(log_clean.gather(1, y[:, None]) + log_unclean.gather(1, y_bar[:, None]))[:, 0]
 
 
 def complementary_labels(y, C):
@@ -176,15 +174,10 @@ def info_nce(q, k, queue, temperature=0.1):
 
 # ======== modules ========
 
-
-WORD_STD = 0.06     # of tiny's word vectors, for which (A4) lr1 and the noise were chosen
-
-
 class Prompt(nn.Module):
-    """Eq. (2), (3): L learnable context vectors before each class name: [V_1] ... [V_L] cat.
-
-    All classes share them. They start from random words, as large as CLIP's; for L = 0 from those
-    before the class name in the template ("a photo of a" if there are none) and a little noise: at
+    """Eq. (2), (3): L learnable context vectors before each class name: [V_1] ... [V_L] cat. All
+    classes share them. They start from random words, as large as CLIP's; for L = 0 from the
+    template's words before the class name ("a photo of a" if there are none) and a little noise: at
     CLIP's zero-shot classifier."""
     def __init__(self, clip_model, class_names, template, L):
         super().__init__()
@@ -306,7 +299,6 @@ class FullModel(nn.Module):
 
 # ======== training ========
 
-
 def guess(job, table):
     """The posteriors that labels are taken from: p (2, N, H) as it is; (A2) balanced."""
     if "balance" not in job.added:
@@ -323,14 +315,10 @@ def next_labels(job, table):
     return torch.stack(y), torch.stack(confident)
 
 
-def select_clean(number, p, table, labels):
-    """What each student is taught next: labels y (2, N) and which are clean (2, N) bool.
-
-    Phase 1: `labels`, y and S*, (2, N) each, as they are. Phase 2, section 3.2.2: the student's own
-    labels of all images, by p (2, N, H), as the peer lets them pass, p_clean_y > 1/2.
-    Phase 3 (A7): all of them."""
-    if number == 1:
-        return labels
+def select_clean(number, p, table):
+    """What each student is taught after phase 1: labels y (2, N), and which are clean (2, N) bool.
+    Phase 2, section 3.2.2: the student's own labels of all images, by p (2, N, H), as the peer lets
+    them pass, p_clean_y > 1/2. Phase 3 (A7): all of them."""
     y = labels_of(p, table.index)                                               # (2, N)
     if number == 3:                                     # (A7) phase 1's judges know less by now
         return y, torch.ones_like(y, dtype=torch.bool)
@@ -338,12 +326,13 @@ def select_clean(number, p, table, labels):
 
 
 def total_loss(job, number, l_pos, l_neg, target):
-    """Phase 1: Eq. (4) + lam Eq. (6); phase 2: Eq. (7). l (B, C), target: y, clean, y_bar, (B,)."""
+    """Phase 1: Eq. (4) + lam Eq. (6); then: Eq. (7). The mean over the clean images, 0 if there are
+    none. l (B, C), target: y, clean, y_bar, (B,)."""
     y, clean, y_bar = target
-    loss = loss_cls(l_pos, y, clean)
+    loss = loss_cls(l_pos, y)                                                   # (B,)
     if number == 1:
-        loss = loss + job.args.lam * loss_neg(l_pos, l_neg, y, y_bar, clean)
-    return loss
+        loss = loss + job.args.lam * loss_neg(l_pos, l_neg, y, y_bar)
+    return (loss * clean).sum() / clean.sum().clamp(min=1)
 
 
 def warm_cosine(step, total):
@@ -360,9 +349,8 @@ def start_phase(job, number, students, steps):
         groups = [g for student in students for g in student.param_groups(args.lr1, args.lr2)]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=job.device.type == "cuda")
     else:
-        learns = [v for v in students.parameters() if v.requires_grad]
-        optimizer = torch.optim.SGD(learns, args.lr1 if number == 1 else args.lr2, momentum=0.9,
-                                    weight_decay=5e-4)
+        optimizer = torch.optim.SGD(students.parameters(), args.lr1 if number == 1 else args.lr2,
+                                    momentum=0.9, weight_decay=5e-4)            # not the frozen
     Q = args.batch_size * math.ceil(min(16, len(job.dataset.train) / 2 / args.batch_size))
     keys = [Keys(me.visual, Q) for me in students] if number == 2 and args.gamma else []
     return SimpleNamespace(
@@ -374,7 +362,7 @@ def start_phase(job, number, students, steps):
 
 def train_step(job, phase, batches, y, clean):
     """One step of both students, each on its own batch (x, x_key, i) or (x, i). y, clean (2, N):
-    see select_clean. Returns what the log shows."""
+    see train_phase. Returns what the log shows."""
     scale, losses, C = job.scaler.get_scale(), [], len(job.dataset.class_names)
     phase.optimizer.zero_grad()
     for me, (x, *x_key, i) in enumerate(batches):                               # x (B, 3, R, R)
@@ -391,7 +379,7 @@ def train_step(job, phase, batches, y, clean):
             q, k = (F.normalize(data.gather(u), dim=-1) for u in (v, k))
             loss = loss + job.args.gamma * info_nce(q, k, keys.queue.clone())
             keys.push(k)
-        job.scaler.scale(loss).backward()
+        job.scaler.scale(data.world_size() * loss).backward()       # DDP takes the mean
         losses.append(loss.detach())
     job.scaler.step(phase.optimizer)                    # left out if fp16 overflowed,
     job.scaler.update()                                 # which lowers the scale
@@ -406,20 +394,21 @@ def train_step(job, phase, batches, y, clean):
 
 @torch.no_grad()
 def part_way(job, models, steps):
-    """(A5) Moves the models of phase 2 back towards its start, weight by weight (WiSE-FT, arXiv
+    """(A5) Moves the models of phase 2 back towards their start, weight by weight (WiSE-FT, arXiv
     2109.01903): in few images, and so few steps, wrong labels are learnt by heart. Returns how far
     they stay from it, 1: all the way."""
     share = min(1.0, steps / WHOLE)
     for me in models:
         for v, v0 in zip(me.parameters(), FullModel(job.full, job.t0, me.judge).parameters()):
             v.copy_(v0.lerp(v, share))
-    job.run.say(f"{steps} steps of phase 2: its encoders go {100 * share:.0f} % of the way")
+    job.run.say(f"{steps} steps: the encoders go {100 * share:.0f} % of the way")
     return share
 
 
-def train_phase(job, number, round, students, view, labels, table):
-    """The epochs of a phase, on augmented views. labels: see select_clean; table: of plain or (A1)
-    weak views. Returns the table and the models after it."""
+def train_phase(job, number, round, students, view, lesson, table):
+    """The epochs of a phase, on augmented views. lesson: y and clean, (2, N) each, that are being
+    taught; in phase 1 y and S*, else None, see select_clean. table: of plain or (A1) weak views.
+    Returns the table and the models after it."""
     args, run, images, C = job.args, job.run, job.dataset.train, len(job.dataset.class_names)
     first = run.state["epoch"] if run.state else 0      # --resume
     views = [view, view] if number == 2 and args.gamma else [view]      # Eq. 8 compares two
@@ -427,39 +416,39 @@ def train_phase(job, number, round, students, view, labels, table):
                         seed=4 * args.seed + 2 * number + m + 1000 * round) for m in range(2)]
     epochs = args.epochs1 if number == 1 else args.epochs2
     steps = min(epochs * len(loaders[0]), args.max_steps or math.inf)
-    epochs, lesson = math.ceil(steps / len(loaders[0])), None
+    epochs = math.ceil(steps / len(loaders[0]))
     phase = start_phase(job, number, students, max(1, steps))
     parts = {"scaler": job.scaler, "students": phase.students, "optimizer": phase.optimizer,
              "schedule": phase.schedule, "keys": phase.keys}
     if run.state:
         state = run.restore(parts)
-        phase.step, lesson, job.added = state["step"], state["lesson"], set(state["added"])
+        phase.step, lesson, table = state["step"], state["lesson"], Table(*state["table"])
+        job.added = set(state["added"])
     judge = number == 1                                 # in phase 2 its p_clean stands
     crowds = number == 2 and "gauss" in job.added       # (A9) from a third of phase 2 on
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(view), epoch=first, seed=4 * args.seed + number + 1000 * round)
     for epoch in range(first, epochs):
         if lesson is None or number == 2 and "fresh" in job.added:              # (A3)
-            y, clean = select_clean(number, guess(job, table), table, labels)
-            if crowds and 3 * epoch >= epochs:                                  # (A9)
-                clean = clean | (y[0] == y[1])          # what both say counts as clean too
-            if args.shots:                              # section 4.4: their true labels
-                y[:, job.known], clean[:, job.known] = images.y_true[job.known], True
-            lesson = y, clean
+            lesson = select_clean(number, guess(job, table), table)
+            if crowds and 3 * epoch >= epochs:          # (A9) what both say counts as clean too
+                lesson = lesson[0], lesson[1] | (lesson[0][0] == lesson[0][1])
         y, clean = lesson                                                       # (2, N) each
+        if args.shots:                                  # section 4.4: their true labels
+            y[:, job.known], clean[:, job.known] = images.y_true[job.known], True
         for loader, mine in zip(loaders, clean):        # batches of clean images, or for Eq. 8 all
             among = mine.nonzero()[:, 0].tolist()
             if args.shots:                              # a quarter: few would drown among them
                 among += job.known.tolist() * (len(among) // (3 * len(job.known)))
-            loader.sampler.among = [] if phase.keys else among
+            loader.batch_sampler.among = [] if phase.keys else among
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
                                  f"phase {number} round {round + 1} epoch {epoch + 1}/{epochs}",
                                  steps - phase.step):
             run.rows.append(train_step(job, phase, batches, y, clean))
         means = run.means(f"--lr{min(number, 2)}")
-        share = (1.0, float(judge))                     # in phase 2 p_clean stays
-        if "views" in job.added:                        # (A1) means of this phase: p with the one
-            share = 1 / (epoch + 2), judge / (epoch + 1)                # that it started from
+        share = (1.0, float(judge))                     # of the new p and p_clean in the table
+        if "views" in job.added:                        # (A1) means of this phase; of p also with
+            share = 1 / (epoch + 2), judge / (epoch + 1)            # the one that it started from
         if crowds and 3 * (epoch + 1) >= epochs:        # (A9)
             q, even = by_density(table, *look(job, phase.students, table.index), C,
                                  "balance" in job.added)
@@ -473,15 +462,14 @@ def train_phase(job, number, round, students, view, labels, table):
                    accuracy=test_accuracy(job, phase.students),
                    **diagnostics(table, lesson, judge, images.y_true))
         run.checkpoint(parts, phase=number, round=round, epoch=epoch + 1, step=phase.step,
-                       table=tuple(table), labels=labels, lesson=lesson, added=sorted(job.added))
+                       table=tuple(table), lesson=lesson, added=sorted(job.added))
     if number > 1:
         share = part_way(job, phase.students, phase.step) if "part" in job.added else 1.0   # (A5)
-        job.crops = share * ("crops" in job.added)      # (A6) CLIP has learnt from no weak views
+        job.crops = share * ("crops" in job.added)      # (A6) as far as they have left CLIP
     return table, phase.students
 
 
 # ======== (A9): where the features crowd ========
-
 
 def gaussians(f, q, index, C):
     """Linear discriminant analysis: a Gaussian for each class, all with the same covariance, from
@@ -566,7 +554,6 @@ def look(job, models, index):
 
 # ======== evaluation ========
 
-
 class ZeroShot:
     """Eq. (1): CLIP with the texts t0 (C, D), called like a student."""
     def __init__(self, t0):
@@ -580,16 +567,11 @@ class ZeroShot:
         return f, logits(f, self.t0, clip_model.logit_scale.exp()), None
 
 
-def zero_shot(job, t0, loader):
-    """Eq. (1) for all images and the classifier t0 (C, D): (N, C), on the CPU."""
-    return predict(job, [ZeroShot(t0)], loader, False, top=len(t0)).p[0]
-
-
 @torch.no_grad()
 def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=TOP, crops=0):
-    """The `Table` of all images, on the CPU: softmax, p_clean of the models' judges (1 without);
-    crops: the share of over_views. before: a table of them, which moves by `share` of (p, p_clean)
-    towards the new one."""
+    """The `Table` of all images, on the CPU: softmax, p_clean of the models' judges (1 if not
+    judge); crops: the share of over_views. before: the last table, which moves towards the new one
+    by `share` of (p, p_clean)."""
     judges = [getattr(me, "judge", me) for me in models]                        # phase 1: itself
     with job.autocast():
         texts = [one.texts(job.clip_model) for one in judges]                   # (C, D) each
@@ -609,7 +591,7 @@ def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=
             if before:
                 new, clean = (                                                  # (B, C) each
                     torch.zeros(len(i), C).scatter(1, before.index[m, i].long(), old[m, i])
-                    .lerp(now, a) for old, now, a in zip(before, (new, clean), share))
+                    .lerp(now, a) for old, now, a in zip(before[:2], (new, clean), share))
             best = new.topk(p.shape[2]).indices.sort().values                   # (B, H)
             p[m, i], p_clean[m, i] = new.gather(1, best), clean.gather(1, best)
             index[m, i] = best.int()
@@ -625,13 +607,11 @@ def test_accuracy(job, models):
 
 
 def diagnostics(table, lesson, judge, y_true):
-    """How good the filter is, means over both students.
-
-    Of the labels just learnt from: kept, the share that is clean; unfiltered and precision, how
-    many are right of all and of the clean ones. Of those that each student would give now (before
-    A2): shared_errors, how many of the first one's wrong labels the second one gives too; if
-    p_clean is of now (judge), auroc of the peer's p_clean and, of the same peer and labels,
-    auroc_softmax."""
+    """How good the filter is, means over both students. Of the labels just learnt from: kept, the
+    share that is clean; unfiltered and precision, how many are right of all and of the clean ones.
+    Of those that each student would give now (before A2): shared_errors, how many of the first
+    one's wrong labels the second one gives too; if p_clean is of now (judge), auroc of the peer's
+    p_clean and, of the same peer and labels, auroc_softmax."""
     y, clean = lesson                                                   # (2, N) each
     facts = {"kept": clean.double().mean()}
     if y_true is not None:                                              # diagnostics only
@@ -641,13 +621,11 @@ def diagnostics(table, lesson, judge, y_true):
                   "shared_errors": (labels[0] == labels[1])[wrong].double().mean()}
         for key, v in (("auroc", table.p_clean), ("auroc_softmax", table.p)) if judge else ():
             given = at(v.flip(0), table.index.flip(0), labels)          # (2, N)
-            each = [data.auroc(a, y == y_true) for a, y in zip(given, labels)]
-            facts[key] = math.nan if None in each else sum(each) / 2
+            facts[key] = sum(data.auroc(a, k == y_true) for a, k in zip(given, labels)) / 2
     return {k: None if math.isnan(v) else round(float(v), 4) for k, v in facts.items()}
 
 
 # ======== after the run ========
-
 
 class Adapted(nn.Module):
     """What a run learnt: preprocessed images (B, 3, R, R) -> probabilities of the classes (B, C),
@@ -687,7 +665,7 @@ def export(job, model):
     if not isinstance(model, FullModel):
         raise data.DataError("--export: without phase 2 CLIP's encoder is as it was")
     job.full.visual, t = model.visual, F.normalize(model.fc.weight.detach(), dim=1)     # (C, D)
-    data.export_clip(job.args.export, job.full, job.dataset.class_names, t)
+    data.export_clip(job, t)
     job.clip_model = job.full
     job.run.say(f"{job.args.export} and {job.args.export}.classes: one model, no b, unit v, no "
                 f"crops; accuracy {test_accuracy(job, [ZeroShot(t)])}")
@@ -711,7 +689,6 @@ def finish(job, models, zero=None):
 
 
 # ======== main ========
-
 
 def load_prompts(path, class_names):
     """Section 3.3.3: C lists of sentences from a JSON file {class name: [sentence, ...]}, whose
@@ -741,6 +718,8 @@ def adapt(args):
     job = data.setup(args, SETTINGS[base] | {k: rates[k] for k in ("lr1", "lr2")})
     job.added = added
     run, dataset, clip_model, names = job.run, job.dataset, job.clip_model, job.dataset.class_names
+    # job has args, run, device, dataset, clip_model, load (batches of a view); here it also gets
+    # added, autocast, scaler, crops (A6), full, t0 (phase 2 starts from them), known (--shots)
     # mixed precision: weights stay fp32; fp16's small gradients need their loss scaled
     job.autocast = partial(torch.autocast, job.device.type, job.amp_dtype,
                            enabled=job.amp_dtype is not None)
@@ -753,6 +732,7 @@ def adapt(args):
         return finish(job, Adapted(job.saved, clip_model, other).models)
     if args.peft == "vpt" and not hasattr(clip_model.visual, "transformer"):
         raise data.DataError("--peft vpt needs a ViT; a ResNet takes --peft adapter")
+    job.known = args.shots and data.few_shot(dataset.train.y_true, args.shots, args.seed)   # (n,)
 
     # CLIP's own guesses, helped by sentences, and the confident ones among them
     ours = Path(__file__).with_name("prompts") / f"{dataset.name}.json"
@@ -766,20 +746,18 @@ def adapt(args):
               for one in (clip_model, other)]                                   # (C, D) each
     zero = test_accuracy(job, [ZeroShot(t0)])
     data.report_zero_shot(job, zero)
-    weak, _ = data.augmented_views(job, lambda view: zero_shot(job, t0, job.load(view)))
+    weak, _ = data.augmented_views(job, lambda view: predict(
+        job, [ZeroShot(t0)], job.load(view), False, top=len(names)).p[0])       # (n, C)
     looks, views, table = job.train, 1, None
     if "views" in added:                                                        # (A1)
         looks, views = job.load(dataset.train.view(weak), seed=args.seed), VIEWS
     for n in range(views):
         table = predict(job, [ZeroShot(t0)], looks, False, table, (1 / (n + 1), 1.0))
     table = Table(*(torch.cat([v, v]) for v in table))                          # both students'
-    job.known = data.few_shot(dataset.train.y_true, args.shots, args.seed)      # (n,) section 4.4
     job.K = math.ceil(args.k if args.k >= 1 else max(16, args.k * looks.N / len(names)))
     labels = next_labels(job, table)                                            # (2, N) each
 
     # two students, which differ in their random numbers, learn from each other
-    if run.state:                                       # --resume
-        table, labels = Table(*run.state["table"]), run.state["labels"]
     phases = [(1, round) for round in range(args.rounds)] + [(2, 0)]
     if args.student and "third" in added:                                       # (A7)
         phases.append((3, 0))
@@ -796,7 +774,8 @@ def adapt(args):
             continue
         if number == 3 and not run.state:
             table = predict(job, models, job.train, crops=job.crops)            # (2, N, H) each
-        table, models = train_phase(job, number, round, students, weak, labels, table)
+        table, models = train_phase(job, number, round, students, weak,
+                                    labels if number == 1 else None, table)
         if args.epochs1:                                # without, nobody judges
             y = labels_of(guess(job, table)[0], table.index[0])                 # (N,)
             data.pseudo_label_sheet(run.out / "pseudo_labels.png", dataset.train, names, y,
@@ -815,21 +794,18 @@ def parse(argv=None):
         "prompt tokens, or bottlenecks beside the MLPs (%(default)s)")
     add("--ctx", type=int, metavar="L", help="context words of the prompts, 0: the template's; "
         "default of this and of others below: the table SETTINGS")
-    add("--k", type=float, help="images per class to start from; below 1: that share of N / C, "
-        "16 at least")
+    add("--k", type=float, help="images per class to start from; < 1: share of N / C, at least 16")
     add("--prompts", metavar="FILE", help="JSON {class: [sentence, ...]}; default: ours; '': none")
     add("--rounds", type=int, metavar="R", help="of phase 1")
     add("--gamma", type=float, help="weight of the contrastive loss")
-    add("--shots", type=int, default=0, metavar="K", help="labelled images per class, the others "
-        "stay unlabelled (%(default)s)")
+    add("--shots", type=int, default=0, metavar="K", help="labelled images per class (%(default)s)")
     add("--student", metavar="ARCH|FILE", type=data.on_disk, help="another CLIP, whose image "
         "encoder learns last and predicts")
     add("--epochs1", type=int, help="of each round of phase 1; 0: nothing is filtered")
     add("--epochs2", type=int, help="of phase 2; 0 leaves it out")
     add("--lr1", type=float, help="of prompts and light modules")
     add("--lr2", type=float, help="of the image encoder")
-    add("--compile", action="store_true", help="torch.compile the steps: worth it on a GPU, for "
-        "long runs")
+    add("--compile", action="store_true", help="torch.compile the steps: for long runs on a GPU")
     add("--export", metavar="FILE", help="also write one model as a plain CLIP")
     return parser.parse_args(argv)
 

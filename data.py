@@ -46,7 +46,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import transforms as T
 
@@ -59,6 +58,9 @@ ENSEMBLE = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")      # no EPS: Pillow would run it
 MOST_OPENED = 200_000           # with more images than that, none is opened before it is needed
+WORDNET_ID = re.compile(r"n\d{8}")
+CURVES = {"accuracy": (1, "#0b5fc5"), "disambiguation": (1, "#7a3e9d"), "kept": (100, "#c8511b"),
+          "precision": (100, "#2e8540"), "unfiltered": (100, "#767676")}       # to percent, color
 
 
 class DataError(ValueError):
@@ -99,12 +101,6 @@ class Images(Dataset):
             print(f"warning: grey instead of {self.names[i]}: {reason(e)}", file=sys.stderr)
             return Image.new("RGB", (256, 256), "grey")
 
-    def pixels(self, i, prepare):
-        """prepare(image i), (H, W, 3) uint8."""
-        if prepare in self.caches:
-            return self.caches[prepare].get(i, lambda: prepare(self.image(i)))
-        return prepare(self.image(i))
-
     def subset(self, indices):
         """The images `indices`, in that order."""
         indices = [int(i) for i in indices]
@@ -122,12 +118,13 @@ class Images(Dataset):
         """Of a view: (i, seed) -> (t1(image i), t2(image i), ..., i), with the random numbers of
         the transforms drawn from `seed`; torch's global random state is left as it was."""
         i, seed = item
-        pixels = {p: self.pixels(i, p) for p in {t.prepare for t in self.transforms}}
-        rng = torch.default_generator
-        state = rng.get_state()
-        rng.manual_seed(seed)                           # torch.manual_seed takes 50x longer
-        views = [t(pixels[t.prepare]) for t in self.transforms]
-        rng.set_state(state)
+        pixels = {}
+        for prepare in {t.prepare for t in self.transforms}:
+            cache = self.caches.get(prepare)
+            pixels[prepare] = cache.get(i, self.image) if cache else prepare(self.image(i))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)   # torch.manual_seed takes 50x longer
+            views = [t(pixels[t.prepare]) for t in self.transforms]
         return (*views, i)
 
 
@@ -148,8 +145,7 @@ class Data:
 
 def to_pixels(image):
     """PIL RGB image -> (H, W, 3) uint8."""
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, 3)
+    return T.functional.pil_to_tensor(image).permute(1, 2, 0)
 
 
 def resize(x, shape):
@@ -225,16 +221,17 @@ def normalize(x):
 class PixelCache:
     """Pixels of N images as one `prepare` makes them, in memory that the loader's processes share
     and fill as images are first asked for. Panoramas, over twice as wide as high, are left out."""
-    def __init__(self, N, size):
-        self.room = 3 * size * 2 * size                 # bytes for an image; unused ones cost none
+    def __init__(self, N, prepare):
+        self.prepare = prepare
+        self.room = 3 * prepare.size * 2 * prepare.size     # bytes of an image; unused cost none
         self.memory = torch.frombuffer(mmap.mmap(-1, N * self.room), dtype=torch.uint8)
         self.shapes = torch.frombuffer(mmap.mmap(-1, 8 * N), dtype=torch.int32).view(N, 2)  # or 0
 
-    def get(self, i, make):
-        """(H, W, 3) uint8; make() is called the first time only."""
+    def get(self, i, image):
+        """(H, W, 3) uint8; image(i) is decoded the first time only."""
         (h, w), start = self.shapes[i].tolist(), i * self.room
         if h == 0:
-            x = make()
+            x = self.prepare(image(i))
             if x.numel() <= self.room:
                 self.memory[start:start + x.numel()] = x.flatten()
                 self.shapes[i] = torch.tensor(x.shape[:2])
@@ -252,7 +249,7 @@ def cache_pixels(dataset, transforms, gb):
     if need > gb:
         return f"images are decoded anew each time: to keep them takes --cache {math.ceil(need)}"
     for images, prepare in wanted:
-        images.caches[prepare] = PixelCache(len(images), prepare.size)
+        images.caches[prepare] = PixelCache(len(images), prepare)
     return f"images are decoded once and their pixels kept: about {need:.1f} GB"
 
 
@@ -289,24 +286,21 @@ class EpochSampler(Sampler):
             yield shard(batch) if self.shuffle else batch
 
 
-class DeviceLoader:
+class DeviceLoader(DataLoader):
     """Batches (x1, x2, ..., index) of a view of N images: the x normalised floats (B, 3, R, R) on
     the device, index (B,) on the CPU. What crosses from the loader's processes is uint8. Give
     `epoch` where a run resumes. drop_last drops nothing where that would leave no batch."""
     def __init__(self, view, batch_size, shuffle=False, seed=0, workers=0, device="cpu",
                  drop_last=False, epoch=0):
         self.N, self.device = len(view), torch.device(device)
-        self.sampler = EpochSampler(len(view), batch_size, shuffle, seed, epoch, drop_last)
-        self.batches = DataLoader(
-            view, batch_sampler=self.sampler, num_workers=workers, worker_init_fn=worker_init,
+        super().__init__(
+            view, num_workers=workers, worker_init_fn=worker_init,
+            batch_sampler=EpochSampler(self.N, batch_size, shuffle, seed, epoch, drop_last),
             pin_memory=self.device.type == "cuda", persistent_workers=shuffle and workers > 0,
             generator=torch.Generator().manual_seed(0))         # not the global one
 
-    def __len__(self):
-        return len(self.sampler)
-
     def __iter__(self):
-        for *views, index in self.batches:
+        for *views, index in super().__iter__():
             yield (*(normalize(x.to(self.device, non_blocking=True)) for x in views), index)
 
 
@@ -388,8 +382,7 @@ def read_coop(file, images):
     try:
         for part in ("train", "test"):
             files = [f"{images}/{path}".lstrip("/") for path, _, _ in split[part]]
-            parts.append(Images(files, [label for _, label, _ in split[part]],
-                                file.parent))
+            parts.append(Images(files, [label for _, label, _ in split[part]], file.parent))
             names |= {label: str(name) for _, label, name in split[part]}
         names = [names[k] for k in range(len(names))]
     except (KeyError, TypeError, ValueError, RuntimeError) as e:
@@ -483,7 +476,7 @@ def class_folders(root, base, known):
     """(class names, Images) of the class folders in root/base; ([], Images without labels) if it
     has none. The order of the classes is that of torchvision's ImageFolder."""
     names, files, labels = [], [], []
-    for d in sub_folders(root / base):
+    for d in sorted(e.name for e in os.scandir(root / base) if e.is_dir() and e.name[0] != "."):
         found = list_images(root, f"{base}/{d}".lstrip("/"))
         if found and known.rename.get(d, d):
             files += found
@@ -494,31 +487,21 @@ def class_folders(root, base, known):
     return names, Images(files, labels, root)
 
 
-WORDNET_ID = re.compile(r"n\d{8}")
-
-
 def wordnet_names(folders, root, classes):
     """Class folders called n01440764 (ImageNet's WordNet ids) get the names of CoOp's
     classnames.txt, or torchvision's if all 1000 are there. Other folders are names themselves."""
     if not all(WORDNET_ID.fullmatch(d) for d in folders):
         return folders
+    file = root / "classnames.txt"                      # lines `n01440764 tench`
+    table = dict(re.findall(r"(?m)^(n\d{8})\s+(.+)$", read_text(file))) if file.is_file() else {}
+    if table.keys() >= set(folders):
+        return [table[wnid] for wnid in folders]
     if classes and len(classes) == len(folders):
         return classes
-    for file in (root / "classnames.txt", root.parent / "imagenet" / "classnames.txt"):
-        lines = read_text(file) if file.is_file() else ""
-        table = dict(re.findall(r"(?m)^(n\d{8})\s+(.+)$", lines))           # n01440764 tench
-        if table.keys() >= set(folders):
-            return [table[wnid] for wnid in folders]
     if len(folders) == 1000:
         return list(torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
     raise DataError(f"{root}: the class folders are WordNet ids ({folders[0]}, ...): put CoOp's "
                     f"classnames.txt, lines like `n01440764 tench`, there, or give --classes")
-
-
-def sub_folders(root):
-    """Sorted names of the sub-folders, without hidden ones and what macOS puts into archives."""
-    names = (e.name for e in os.scandir(root) if e.is_dir())
-    return sorted(name for name in names if not name.startswith((".", "__MACOSX")))
 
 
 def list_images(root, base=""):
@@ -564,10 +547,10 @@ def read_json(path):
 
 def load(path, classes=None, template=None, adapted=None):
     """`Data` of a folder or of demo[:STYLE]. Opens every image once. classes: None, "a,b,c" or a
-    file with one name per line, the same and in the same order as the folder's own, if it has any.
-    template: None (the data set's), "ensemble" (eight) or a text with one {}. adapted: the
-    classes of a model that is there, in its order; all images of class folders are then the test
-    set if they have no test/. Raises DataError."""
+    file with one name per line, the folder's own among them, if it has any. template: None (the
+    data set's), "ensemble" (eight) or a text with one {}. adapted: the classes of a model that is
+    there; all images of class folders are then the test set if they have no test/. Raises
+    DataError."""
     path, classes = str(path), adapted or listed_classes(classes)
     if path == "demo" or path.startswith("demo:"):
         known, text = Known(("demo",)), path[5:] or "narrow"
@@ -579,7 +562,7 @@ def load(path, classes=None, template=None, adapted=None):
             files = [f"{part}/{i:05d}.png" for i in range(len(labels))]
             parts.append(Images(files, labels, pictures=pictures))
     else:
-        root = locate(Path(path or "(nothing)").expanduser().absolute())
+        root = locate(Path(os.path.expanduser(path or "(nothing)")).absolute())
         splits = [file.name for file in root.glob("split_zhou_*.json")]
         known = next((k for k in SETS if k.split in splits), by_name(root.name))
         if splits:
@@ -587,7 +570,8 @@ def load(path, classes=None, template=None, adapted=None):
             text, names, *parts = read_coop(root / file, known.images)
         elif (root / "images_variant_train.txt").is_file():
             text, names, *parts = read_aircraft(root)
-        elif known.kind and known.parts and root.name == known.folders[-1]:
+        elif known.kind and known.parts and root.name == known.folders[-1] and not (
+                root / "test").is_dir():                # the user's own so called
             text, names, *parts = read_torchvision(root, known)
         else:
             text, names, *parts = read_folders(root, known, classes, not adapted)
@@ -596,7 +580,7 @@ def load(path, classes=None, template=None, adapted=None):
         if not (names or classes):
             raise DataError(f"{path}: no names of classes: give --classes, or class folders")
         names = wordnet_names(names or classes, root, classes)
-    names = by_name_of(names, adapted, parts) if adapted else check_classes(names, classes)
+    names = by_name_of(names, classes, parts) if classes else check_classes(names)
     train, test = parts
     if train.pictures is None and len(train) + len(test) <= MOST_OPENED:
         train = readable(train)
@@ -657,29 +641,27 @@ def listed_classes(classes):
     return check_classes([c for c in names if c.strip()])
 
 
-def check_classes(names, wanted=None):
-    """Class names as they go into the prompt: spaces for underscores, `wanted`'s spelling if given.
-    DataError unless they are all different, and the same as `wanted`."""
+def check_classes(names):
+    """Class names as they go into the prompt, with spaces for underscores. DataError unless they
+    are all different."""
     names = [" ".join(c.replace("_", " ").split()) for c in names]
-    plain, asked = ([plain_name(c) or c for c in some] for some in (names, wanted or names))
     if len(set(map(str.casefold, names))) < len(names) < 1000 or not names:     # two `missile`
         raise DataError(f"class names must be given, all different, got {', '.join(names[:20])}")
-    if plain != asked:
-        raise DataError(f"--classes must name the data's own {len(names)} classes in their order: "
-                        f"{', '.join(names[:20])}")
-    return wanted or names
+    return names
 
 
-def by_name_of(names, adapted, parts):
-    """The classes of a model, which the labels of the images then count in. DataError if the images
-    have others."""
-    index = {plain_name(c): k for k, c in enumerate(adapted)}
-    if others := [c for c in names if plain_name(c) not in index]:
-        raise DataError(f"the model does not know these classes: {', '.join(others[:20])}")
-    order = torch.tensor([index[plain_name(c)] for c in names])
-    for images in set(parts):
-        images.y_true = None if images.y_true is None else order[images.y_true]
-    return adapted
+def by_name_of(names, wanted, parts):
+    """The classes of --classes or of a model, which the labels of the images then count in.
+    DataError if the images have others."""
+    plain, asked = ([plain_name(c) or c for c in some] for some in (names, wanted))
+    if plain != asked:                                  # else as they are: two `missile`
+        index = {c: k for k, c in enumerate(asked)}
+        if others := [name for name, c in zip(names, plain) if c not in index]:
+            raise DataError(f"neither --classes nor a model has: {', '.join(others[:20])}")
+        order = torch.tensor([index[c] for c in plain])
+        for images in set(parts):
+            images.y_true = None if images.y_true is None else order[images.y_true]
+    return wanted
 
 
 # ---- shared by the scripts: flags and CLIP ----
@@ -831,20 +813,19 @@ def accuracy(p, y_true):
 
 
 def few_shot(y_true, K, seed):
-    """Indices of K images per class, of all where there are fewer. y_true (N,), or None: none."""
-    if y_true is None and K:
+    """Indices of K images per class, of all where there are fewer. y_true (N,), or None if they are
+    not known: DataError."""
+    if y_true is None:
         raise DataError("--shots: the training images have no labels")
-    if not K:
-        return torch.zeros(0, dtype=torch.long)
     order = torch.randperm(len(y_true), generator=torch.Generator().manual_seed(seed))
     return torch.cat([order[y_true[order] == k][:K] for k in y_true.unique()]).sort().values
 
 
 def auroc(score, right):
-    """How likely a right label scores above a wrong one. score (N,), right (N,) bool; or None."""
+    """How likely a right label scores above a wrong one. score (N,), right (N,) bool; or nan."""
     a, b = score[right].contiguous(), score[~right].sort().values
     below = torch.searchsorted(b, a) + torch.searchsorted(b, a, right=True)     # twice, with ties
-    return float(below.double().mean()) / (2 * len(b)) if len(a) and len(b) else None
+    return float(below.double().mean() / (2 * len(b)))
 
 
 # ---- shared by the scripts: several processes ----
@@ -879,31 +860,21 @@ def all_reduce_sum(table):
     return table
 
 
-class Gather(torch.autograd.Function):
-    """All processes' rows. As all compute the same loss, the sum of their gradients is world_size
-    times the own one, and DistributedDataParallel's mean that of one process."""
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return shard(grad) * world_size()
-
-
 def gather(x):
-    """All processes' x (B / processes, ...), or None, with its gradient -> (B, ...)."""
-    return Gather.apply(x) if world_size() > 1 and x is not None else x
+    """All processes' x (B / processes, ...), or None -> (B, ...), with the gradient of its own."""
+    if world_size() == 1 or x is None:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[rank()] = x
+    return torch.cat(parts)
 
 
 def distributed(module, compiled=False):
     """The module with its gradients averaged over the processes; compiled: by torch.compile."""
     if world_size() > 1:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")             # newer versions call the argument otherwise
-            module = DistributedDataParallel(module, broadcast_buffers=False)
+        module = torch.nn.parallel.DistributedDataParallel(module)
+        module.broadcast_buffers = False                # they are the same everywhere
     return torch.compile(module) if compiled else module
 
 
@@ -1032,8 +1003,8 @@ class Run:
 
 
 def peak_memory_gb():
-    """Peak memory in GB: of the GPU if there is one, else of this process (on Linux)."""
-    if torch.cuda.is_available():
+    """Peak memory in GB: of the GPU if one is in use, else of this process (on Linux)."""
+    if torch.cuda.is_initialized():
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
     if os.path.exists("/proc/self/status"):
         kib = re.search(r"VmHWM:\s+(\d+)", read_text("/proc/self/status"))[1]
@@ -1082,10 +1053,6 @@ def pseudo_label_sheet(path, images, class_names, y, score):
                 sheet.paste(picture, (x0 + j * cell, 18 + k * cell))
     with replacing(path) as file:
         sheet.save(file, "PNG")
-
-
-CURVES = {"accuracy": (1, "#0b5fc5"), "disambiguation": (1, "#7a3e9d"), "kept": (100, "#c8511b"),
-          "precision": (100, "#2e8540"), "unfiltered": (100, "#767676")}       # to percent, color
 
 
 def write_report(run, images, class_names, p):
@@ -1155,13 +1122,12 @@ def save_model(job, models, **more):
         "sha256": clip.fingerprint(job.clip_model), "quick_gelu": job.args.quick_gelu})
 
 
-def export_clip(path, clip_model, class_names, t):
-    """A plain CLIP as a state dict with OpenAI's names; beside it, in `path`.classes, a unit vector
-    t_k (C, D) per class, for CLIP's own tau f.t_k."""
-    for name, content in ((path, clip.checkpoint_of(clip_model)),
-                          (f"{path}.classes", {"class_names": class_names, "t": t})):
-        with replacing(name) as file:
-            torch.save(content, file)
+def export_clip(job, t):
+    """job.full, a plain CLIP, as a state dict with OpenAI's names; beside it, in FILE.classes, a
+    unit vector t_k (C, D) per class, for CLIP's own tau f.t_k."""
+    path = os.path.abspath(job.args.export)             # not in the run folder
+    job.run.save(path, clip.checkpoint_of(job.full))
+    job.run.save(f"{path}.classes", {"class_names": job.dataset.class_names, "t": t})
 
 
 def read_model(path, script):

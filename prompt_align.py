@@ -54,7 +54,6 @@ import data
 
 # ======== equations ========
 
-
 def masked_softmax(l, S):
     """Eq. (2): softmax_S(l)_k = exp(l_k) / sum_{j in S} exp(l_j) for k in S, else 0; 0 if S is
     empty. A target: it has no gradient. l, S (B, C) -> (B, C)."""
@@ -175,7 +174,6 @@ def follow_clip(p, S):
 
 
 # ======== modules ========
-
 
 class Prompts(nn.Module):
     """M prompts of L learnable context vectors, the same before each class name: [V_1] ... [V_L]
@@ -328,14 +326,16 @@ def train_step(job, learner, epoch, progress, f, i):
     scaler.scale(loss + extra).backward()
     scaler.step(learner.optimizer)                      # left out if fp16 overflowed,
     scaler.update()                                     # which lowers the scale
-    learner.schedule.step()
+    skipped = scaler.get_scale() < scale
+    if not skipped:
+        learner.schedule.step()
 
     if objective == "rc":                               # RC asks the prompt after the step
         with torch.no_grad():
             l = logits(job, learner.prompts.each, f)[-1]                        # (A, B, C)
     if objective in ("rc", "proden", "lws", "crdpll"):
         learner.table[i] = confidence(objective, l, S)
-    return {"loss": loss.detach(), **shown, "skipped": int(scaler.get_scale() < scale)}
+    return {"loss": loss.detach(), **shown, "skipped": int(skipped)}
 
 
 def train(job, passes, sets, weights, trial=False):
@@ -382,7 +382,6 @@ def choose_weights(job, passes, sets):
 
 # ======== evaluation ========
 
-
 def zero_shot(job, f):
     """Eq. (1): posterior of the hand-crafted prompts, on the CPU. f (N, D) -> (N, C)."""
     return (job.tau * f.to(job.device) @ job.t_hand.T).softmax(dim=1).cpu()
@@ -406,7 +405,7 @@ def scores(job, learner):
 def write_disambiguated(path, images, class_names, S, l):
     """disambiguated.csv: each training image, its candidates, the likeliest one. l, S (N, C)."""
     score, y = masked_softmax(l, S).max(dim=1)                                  # (N,) each
-    with data.replacing(path, "w", newline="", encoding="utf-8") as file:
+    with data.replacing(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         table = csv.writer(file)
         table.writerow(["image", "candidates", "label", "confidence"])
         for image, row, k, p in zip(images.names, S.tolist(), y.tolist(), score.tolist()):
@@ -490,7 +489,6 @@ def describe_candidates(sets, y_true=None):
 
 # ======== after the run ========
 
-
 class Adapted(nn.Module):
     """What a run learnt: preprocessed images (B, 3, R, R) -> probabilities of the classes (B, C).
     Has .class_names, and .preprocess: PIL image -> (3, R, R)."""
@@ -529,7 +527,6 @@ def finish(job, p, p0, **facts):
 
 
 # ======== main ========
-
 
 def adapt(args):
     """The whole run: candidate sets, training, the files. Returns the summary."""

@@ -105,7 +105,8 @@ class Usual(nn.Module):
         with autocast():
             f, t_pos, t_neg = self.features(x), self.text(self.pos), self.text(self.neg)
         l_pos, l_neg = coft.logits(f, t_pos, tau), coft.logits(f, t_neg, tau)       # (B, C) each
-        loss = coft.loss_cls(l_pos, y, keep) + coft.loss_neg(l_pos, l_neg, y, y_bar, keep)
+        loss = coft.loss_cls(l_pos, y) + coft.loss_neg(l_pos, l_neg, y, y_bar)      # (B,)
+        loss = (loss * keep).sum() / keep.sum().clamp(min=1)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -365,7 +366,7 @@ def one_round(N, C, top, plus, threads, device, queue):
     lap("balance")
     coft.pseudo_labels(p[0], table.index[0], C, 16)
     lap("S*")
-    lesson = coft.select_clean(2, p, table, None)
+    lesson = coft.select_clean(2, p, table)
     coft.diagnostics(table, lesson, True, torch.arange(N) % C)
     coft.complementary_labels(lesson[0], C)
     lap("verdicts")

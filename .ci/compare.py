@@ -48,11 +48,11 @@ def with_filter(name, argv):
         y_true[:] = [job.dataset.train.y_true]                                  # (N,)
         return guess(job, table)
 
-    def select(number, p, table, labels):
-        y, clean = select_clean(number, p, table, labels)                       # (2, N) each
-        if number > 1 and name == "self":
+    def select(number, p, table):
+        y, clean = select_clean(number, p, table)                               # (2, N) each
+        if name == "self":
             return y, coft.at(table.p_clean, table.index, y) > 0.5
-        for me, peer in ((0, 1), (1, 0)) if number > 1 else ():
+        for me, peer in ((0, 1), (1, 0)):
             score = {"none": torch.ones(len(y[me])), "perfect": y[me] == y_true[0],
                      "softmax": coft.at(p[peer], table.index[peer], y[me])}[name]       # (N,)
             kept = clean[me].sum() if name == "softmax" else score.sum()

@@ -50,7 +50,7 @@ import data  # noqa: E402
 EPOCHS, PHASE1 = 10, 6          # in all; in the first of two phases
 PASSES = 5                      # weak views of an image that are encoded where CLIP is frozen
 LR_LIGHT = 2e-3                 # of prompts, tokens and classifiers: coft.py's --lr1
-TOKENS = 4                      # per block: coft.py's --peft-size
+TOKENS = 4                      # per block: coft.py's peft_size
 WORD_STD = 0.06                 # of tiny's word vectors, for which the prompts' rate was chosen
 SETTINGS = {
     "prompt_rate": 20.0,                    # upl, grip, cpl: times LR_LIGHT
@@ -367,7 +367,7 @@ def supervised(job):
     if job.dataset.train.y_true is None:
         raise data.DataError("`supervised` needs the labels of the training images")
     model, loader, y = Tuned(job), loader_of(job, job.weak), job.dataset.train.y_true.to(job.device)
-    loader.sampler.among = data.few_shot(y.cpu(), job.args.shots, job.args.seed).tolist()
+    loader.batch_sampler.among = data.few_shot(y.cpu(), job.args.shots, job.args.seed).tolist()
     fit(job, model.groups, EPOCHS, lambda: loader,
         lambda x, i: {"loss": F.cross_entropy(model(job, x), y[i])}, partial(model, job))
 
