@@ -36,7 +36,7 @@ from; CoOp's templates, in V+ and V- too; random words as large as CLIP's; stude
 and complements too; a class that is nobody's guess takes its likeliest images; W starts at t0;
 warm-up, cosine, weight decay 5e-4 (A4: 0.01 for the encoder, none elsewhere); weak views; V- learns
 ten times as fast as V+ in A4. --shots is the paper's 4.4; its images are a quarter of a batch.
---student is 4.5 (A7).
+--student is 4.5 (A7), with twice the epochs of phase 2.
 """
 import argparse
 import copy
@@ -371,7 +371,7 @@ def train_phase(job, number, students, view, lesson, table):
     first = run.state["epoch"] if run.state else 0      # --resume
     loaders = [job.load(images.view(view), shuffle=True, drop_last=True, epoch=first,
                         seed=4 * args.seed + 2 * number + m) for m in range(2)]
-    epochs = args.epochs1 if number == 1 else args.epochs2
+    epochs = (args.epochs1, args.epochs2, 2 * args.epochs2)[number - 1]
     steps = min(epochs * len(loaders[0]), args.max_steps or math.inf)
     epochs = math.ceil(steps / len(loaders[0]))
     phase = start_phase(job, number, students, max(1, steps))
@@ -629,7 +629,7 @@ def parse(argv=None):
     add("--student", metavar="ARCH|FILE", type=data.on_disk, help="another CLIP, whose image "
         "encoder learns last and predicts")
     add("--epochs1", type=int, help="of phase 1; 0: nothing is filtered")
-    add("--epochs2", type=int, help="of phase 2; 0 leaves it out")
+    add("--epochs2", type=int, help="of phase 2; 0 leaves it out; --student: twice as many")
     add("--lr1", type=float, help="of prompts and light modules")
     add("--lr2", type=float, help="of the image encoder")
     add("--compile", action="store_true", help="torch.compile the steps: for long runs on a GPU")

@@ -414,7 +414,7 @@ def train_phase(job, number, round, students, view, lesson, table):
     views = [view, view] if number == 2 and args.gamma else [view]      # Eq. 8 compares two
     loaders = [job.load(images.view(*views), shuffle=True, drop_last=True, epoch=first,
                         seed=4 * args.seed + 2 * number + m + 1000 * round) for m in range(2)]
-    epochs = args.epochs1 if number == 1 else args.epochs2
+    epochs = (args.epochs1, args.epochs2, 2 * args.epochs2)[number - 1]
     steps = min(epochs * len(loaders[0]), args.max_steps or math.inf)
     epochs = math.ceil(steps / len(loaders[0]))
     phase = start_phase(job, number, students, max(1, steps))
@@ -802,7 +802,7 @@ def parse(argv=None):
     add("--student", metavar="ARCH|FILE", type=data.on_disk, help="another CLIP, whose image "
         "encoder learns last and predicts")
     add("--epochs1", type=int, help="of each round of phase 1; 0: nothing is filtered")
-    add("--epochs2", type=int, help="of phase 2; 0 leaves it out")
+    add("--epochs2", type=int, help="of phase 2; 0 leaves it out; --student: twice as many")
     add("--lr1", type=float, help="of prompts and light modules")
     add("--lr2", type=float, help="of the image encoder")
     add("--compile", action="store_true", help="torch.compile the steps: for long runs on a GPU")
