@@ -902,7 +902,7 @@ def command_line(adapt, args):
         if n > 1:
             dist.destroy_process_group()
         return 0
-    except (DataError, clip.CLIPError, OSError) as e:
+    except (DataError, clip.CLIPError, OSError, csv.Error) as e:
         says = f"error: {e}"
     except torch.cuda.OutOfMemoryError:
         says = f"error: out of GPU memory, lower --batch-size {args.batch_size}"

@@ -8,7 +8,7 @@ candidates. CLIP is frozen.
     f = encode(A views of the images)                       once, for all that follows
     l, l_hand = tau f.t(prompt), tau f.t_hand               t: texts of the classes
     c = table[i]                                            how far each candidate is believed
-    pll = pll_loss(objective, l, S, c, lam)                                             Eq. 3-9
+    pll = pll_loss(objective, l, S, c, lam)                 PiCO has also Eq. 9         Eq. 3-8
     align = loss_weighted(l, mixed_posterior(l, l_hand, S, alpha))   alpha: 1 -> 0      Eq. 10, 5
     loss = pll + balance(pll, align) * align                both are equally large      Eq. 11
     table[i] = confidence(objective, l, S)                  only the rows of the batch  Eq. 2
@@ -18,8 +18,9 @@ So by default the sum of Eq. 11 is one of logits, not of losses: one prompt lear
 from `pll`, and they get the weights under which a fifth of the sets is likeliest, for prompts that
 learnt from the other four fifths.
 
-A views of an image, B batch, C classes, D embedding, L context words, N images, W width of a word;
-S (B, C) bool candidate sets; tau = exp(logit_scale), f and t unit vectors, p = softmax(l).
+A views of an image, B batch, C classes, D embedding, L context words, M prompts, N images, T tokens
+of a text, W width of a word; PiCO: d its space, Q keys; S (B, C) bool candidate sets; tau =
+exp(logit_scale), f and t unit vectors, p = softmax(l). Equation numbers are ours.
 
 Run:  python prompt_align.py                                the demo, offline; 20 seconds
       python prompt_align.py --data ./oxford_pets           OpenAI's CLIP: not measured
@@ -33,12 +34,12 @@ Decided here (the paper's text was not at hand; "released" is its authors' code)
 - PRODEN, LWS and CRDPLL update c by the step's own logits, RC by the prompt after it; LWS starts at
   1/|S| in S, 1/(C - |S|) elsewhere (released: 1/C); CAVL takes the step's own argmax (its authors:
   the previous visit's); PiCO's head learns from its own loss (released: nothing trains it), its
-  slow copy moves after the key, phi falls per step, a class without prototype is chosen last.
+  slow copy moves after the key, both averages by 0.99 (released: 0.999, prototypes 0.9), phi and
+  CRDPLL's lam change per step, a class without prototype is chosen last.
 """
 import argparse
 import copy
 import csv
-import itertools
 import math
 import os
 import sys
@@ -107,10 +108,10 @@ def loss_crdpll(l, S, c, lam):
 
 def loss_contrastive(z, y, keys, y_keys, temperature=0.07):
     """Eq. (9), PiCO (arXiv 2201.08984): mean of -log softmax_j(z_i.z_j / temperature) over the j of
-    label y_i in batch and keys, but i. z (B, d), y (B,), keys (M, d), y_keys (M,)."""
-    me = torch.eye(len(z), len(z) + len(keys), dtype=torch.bool, device=z.device)   # (B, B + M)
-    positive = (y[:, None] == torch.cat([y, y_keys])) & ~me                     # (B, B + M)
-    s = (z @ torch.cat([z, keys]).T / temperature).masked_fill(me, -math.inf)   # (B, B + M)
+    label y_i in batch and keys, but i. z (B, d), y (B,), keys (Q, d), y_keys (Q,)."""
+    me = torch.eye(len(z), len(z) + len(keys), dtype=torch.bool, device=z.device)   # (B, B + Q)
+    positive = (y[:, None] == torch.cat([y, y_keys])) & ~me                     # (B, B + Q)
+    s = (z @ torch.cat([z, keys]).T / temperature).masked_fill(me, -math.inf)   # (B, B + Q)
     log_p = torch.where(positive, s.log_softmax(dim=1), 0.0)
     return -(log_p.sum(dim=1) / positive.sum(dim=1).clamp(min=1)).mean()
 
@@ -125,8 +126,7 @@ def pll_loss(objective, l, S, c, lam):
         return loss_cavl(l[0], S)
     elif objective == "crdpll":
         return loss_crdpll(l, S, c, lam)
-    else:                                               # naive, rc, proden, pico: by c they differ
-        return loss_weighted(l[0], c)
+    return loss_weighted(l[0], c)                       # naive, rc, proden, pico: by c they differ
 
 
 def confidence(objective, l, S):
@@ -157,8 +157,8 @@ def pool(l_align, l_pll, S):
     """The weights (a, b) for which a l_align + b l_pll explains sets that it was not learnt from
     best: the mean of log sum_{k in S} p_k is largest. b is 0 unless it gains a standard error.
     l, S (N, C)."""
-    log_p = {w: log_inside(w[0] * l_align + w[1] * l_pll, S)                    # (N,) each
-             for w in itertools.product(SCALES, (0.0, *SCALES))}
+    log_p = {(a, b): log_inside(a * l_align + b * l_pll, S)                     # (N,) each
+             for a in SCALES for b in (0.0, *SCALES)}
     best, alone = (max(some, key=lambda w: float(log_p[w].mean()))
                    for some in (log_p, [w for w in log_p if w[1] == 0]))
     gain = log_p[best] - log_p[alone]                                           # (N,)
@@ -168,7 +168,9 @@ def pool(l_align, l_pll, S):
 def follow_clip(p, S):
     """Whether the half of the classes that CLIP finds least likely enters sets less than 3/4 as
     often as wrong classes do on average; drawn uniformly, as often. p, S (N, C)."""
-    C, size = S.shape[1], S.sum(dim=1).double().mean()
+    known = ~S.all(dim=1)                               # full sets say nothing
+    C, p, S = S.shape[1], p[known], S[known]
+    size = S.sum(dim=1).double().mean()
     unlikely = S.gather(1, p.argsort(dim=1))[:, :C // 2].double().mean()
     return bool(unlikely < 0.75 * (size - 1) / max(1, C - 1))
 
@@ -177,9 +179,9 @@ def follow_clip(p, S):
 
 class Prompts(nn.Module):
     """M prompts of L learnable context vectors, the same before each class name: [V_1] ... [V_L]
-    cat. They start from random words, as large as CLIP's own; for L = 0 from those before the class
-    name in the template, which make CLIP's zero-shot classifier. M weights make one classifier of
-    them, t_k = sum_m weight_m t_mk: the logits add up so, too."""
+    cat. They start from random words, as large as CLIP's own; for L = 0 from the template's words
+    before the class name ("a photo of a" if there are none): at CLIP's zero-shot classifier. M
+    weights make one classifier of them, t_k = sum_m weight_m t_mk: the logits add up so, too."""
     def __init__(self, clip_model, class_names, template, L, weights):
         super().__init__()
         words = " ".join(["x"] * L) or template.split("{}")[0].strip() or "a photo of a"
@@ -191,7 +193,7 @@ class Prompts(nn.Module):
         emb = known[tokens]                                             # (C, T, W)
         start = emb[0, 1:1 + n].repeat(len(weights), 1, 1)              # (M, L, W)
         if L:
-            start = known[known.any(dim=1)].std() * torch.randn_like(start)     # tiny lacks words
+            start = known[known.any(dim=1)].std() * torch.randn_like(start)     # tiny: some are 0
         self.ctx = nn.Parameter(start)                                  # (M, L, W)
         self.register_buffer("emb", emb, persistent=False)              # (C, T, W)
         self.register_buffer("eot", tokens.argmax(dim=1), persistent=False)     # (C,)
@@ -218,8 +220,8 @@ class Contrast(nn.Module):
         super().__init__()
         self.head = nn.Sequential(nn.Linear(D, D), nn.ReLU(), nn.Linear(D, d))
         self.slow_head = copy.deepcopy(self.head).requires_grad_(False)
-        self.register_buffer("keys", F.normalize(torch.randn(queue, d), dim=1))     # (M, d)
-        self.register_buffer("y_keys", torch.full((queue,), -1))                    # (M,) -1: none
+        self.register_buffer("keys", F.normalize(torch.randn(queue, d), dim=1))     # (Q, d)
+        self.register_buffer("y_keys", torch.full((queue,), -1))                    # (Q,) -1: none
         self.register_buffer("prototypes", torch.zeros(C, d))                       # (C, d)
 
     @torch.no_grad()
@@ -255,17 +257,17 @@ def encode(job, view, epoch=0):
     return data.all_reduce_sum(f)
 
 
-def logits(job, t, f):
-    """l = tau f.t, in fp32 whatever the precision of CLIP's. t: `Prompts`, f (..., D) -> (..., C);
-    or their `each`, f (A, B, D) -> (M, A, B, C)."""
+def logits(job, texts, f):
+    """l = tau f.t, in fp32 whatever the precision of CLIP's. texts: `Prompts`, f (..., D) ->
+    (..., C); or their `each`, f (A, B, D) -> (M, A, B, C)."""
     with job.autocast():
-        t = t(job.clip_model).float().mT                                        # (..., D, C)
+        t = texts(job.clip_model).float().mT                                    # (..., D, C)
     return job.tau * f @ (t if t.dim() == 2 else t[:, None])
 
 
 class Learner(nn.Module):
-    """What learns from candidate sets (N, C) in so many steps, and its confidences (N, C). weights:
-    of an aligned prompt and one of the objective, or of one that is both."""
+    """The prompts, their optimiser for so many steps, the candidate sets and their confidences
+    (N, C). weights: of an aligned prompt and the objective's, or of one that is both."""
     def __init__(self, job, sets, steps, weights):
         super().__init__()
         objective, names = job.args.objective, job.dataset.class_names
@@ -343,25 +345,23 @@ def train(job, passes, sets, weights, trial=False):
     the run folder. weights: see Learner, which it returns."""
     args, run, N, B = job.args, job.run, len(sets), min(job.args.batch_size, len(sets))
     steps = min(args.epochs * (N // B), args.max_steps or math.inf)
-    first, step, epochs = 0, 0, math.ceil(steps / (N // B))
-    learner = Learner(job, sets, steps, weights)
+    epochs, learner = math.ceil(steps / (N // B)), Learner(job, sets, steps, weights)
     parts = {"learner": learner, "scaler": job.scaler, "optimizer": learner.optimizer,
              "schedule": learner.schedule}
-    if run.state:                                       # --resume
-        saved = run.restore(parts)
-        first, step = saved["epoch"], saved["step"]
+    first = run.restore(parts)["epoch"] if run.state else 0                     # --resume
     for epoch in range(first, epochs):
-        rng = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
+        rng = torch.Generator().manual_seed((args.seed * 1_000_003 + epoch) % 2**63)
         torch.randint(2**62, (N,), generator=rng)       # in the order of data.EpochSampler
         batches = torch.randperm(N, generator=rng)[:N - N % B].split(B)         # (B,) each
-        for i in run.steps(batches, B, f"epoch {epoch + 1}/{epochs}", steps - step):
+        done = epoch * (N // B)                         # steps before this epoch
+        left = run.steps(batches, B, f"epoch {epoch + 1}/{epochs}", steps - done)
+        for step, i in enumerate(left, done):
             f = passes[epoch % len(passes)][:, i]                               # (A, B, D)
             run.rows.append(train_step(job, learner, epoch, step / steps, f, i))
-            step += 1
         means = run.means("--lr")
         if not trial:
-            run.report(epoch=epoch + 1, **means, **scores(job, learner))
-            run.checkpoint(parts, epoch=epoch + 1, step=step)
+            run.report(epoch=epoch + 1, **means, **evaluate(job, learner)[2])
+            run.checkpoint(parts, epoch=epoch + 1)
     return learner
 
 
@@ -369,7 +369,7 @@ def choose_weights(job, passes, sets):
     """The weights (see `pool`) of an aligned prompt and one of the objective, by what such prompts
     learn from four fifths of the sets (N, C) about the last fifth."""
     held = torch.arange(len(sets)) % 5 == 4                                     # (N,)
-    if not held.any() or follow_clip(zero_shot(job, job.f_train), sets):
+    if not held.any() or follow_clip(posterior(job, job.f_train, job.t_hand), sets):
         job.run.say("the sets follow CLIP's own posterior, or are few: they cannot correct it")
         return [1.0, 0.0]
     learner = train(job, [f[:, ~held] for f in passes], sets[~held], [1.0, 1.0], trial=True)
@@ -382,24 +382,21 @@ def choose_weights(job, passes, sets):
 
 # ======== evaluation ========
 
-def zero_shot(job, f):
-    """Eq. (1): posterior of the hand-crafted prompts, on the CPU. f (N, D) -> (N, C)."""
-    return (job.tau * f.to(job.device) @ job.t_hand.T).softmax(dim=1).cpu()
+def posterior(job, f, t):
+    """Eq. (1): softmax(tau f.t), on the CPU. f (N, D), t (C, D) -> (N, C)."""
+    return (job.tau * f.to(job.device) @ t.T).softmax(dim=1).cpu()
 
 
 @torch.no_grad()
-def predict(job, learner):
-    """Logits of the training and the test images, (N, C) each, on the CPU."""
-    return [logits(job, learner.prompts, f.to(job.device)).cpu()
-            for f in (job.f_train, job.f_test)]
-
-
-def scores(job, learner):
-    """Percent, or None: accuracy on the test images; likeliest candidates that are true."""
-    l_train, l_test = predict(job, learner)                                     # (N, C) each
-    inside = l_train.masked_fill(~learner.sets.cpu(), -math.inf)
-    return {"accuracy": data.accuracy(l_test, job.dataset.test.y_true),     # diagnostics only
-            "disambiguation": data.accuracy(inside, job.dataset.train.y_true)}
+def evaluate(job, learner):
+    """Logits of the training and the test images, (N, C) each, on the CPU; percent, or None:
+    accuracy on the test images, likeliest candidates that are true."""
+    l_train, l_test = (logits(job, learner.prompts, f.to(job.device)).cpu()
+                       for f in (job.f_train, job.f_test))
+    inside = l_train.masked_fill(~learner.sets.cpu(), -math.inf)                # (N, C)
+    return l_train, l_test, {
+        "accuracy": data.accuracy(l_test, job.dataset.test.y_true),         # diagnostics only
+        "disambiguation": data.accuracy(inside, job.dataset.train.y_true)}
 
 
 def write_disambiguated(path, images, class_names, S, l):
@@ -441,8 +438,8 @@ def read_candidates(path, images, class_names):
         for name in {c, data.plain_name(c)}:
             classes.setdefault(name, []).append(k)
     for i, image in enumerate(images.names):
-        for name in {image, os.path.basename(image)}:
-            indices.setdefault(name, []).append(i)
+        indices.setdefault(os.path.basename(image), []).append(i)
+    indices |= {image: [i] for i, image in enumerate(images.names)}     # a path says which
     sets = torch.zeros(len(images), C, dtype=torch.bool)
     for where, image, cells in candidate_rows(path):
         if not cells:
@@ -470,9 +467,11 @@ def candidate_rows(path):
         for image, cells in content.items():
             yield f"{path}: {image}", image, [str(cell) for cell in cells]
         return
-    rows = csv.reader(data.read_text(path).replace(";", ",").splitlines())
+    text = data.read_text(path)
+    rows = csv.reader(text.splitlines(), delimiter="," if "," in text.split("\n")[0] else ";")
     for image, *cells in filter(None, rows):
-        cells = [cell.strip() for cell in "|".join(cells).split("|") if cell.strip()]
+        cells = "|".join(cells).replace(";", "|").split("|")
+        cells = [cell.strip() for cell in cells if cell.strip()]
         if rows.line_num > 1 or "." in image:
             yield f"{path} line {rows.line_num}", image.strip(), cells
 
@@ -521,7 +520,8 @@ def finish(job, p, p0, **facts):
     run, test, names = job.run, job.dataset.test, job.dataset.class_names
     data.write_predictions(run.out / "predictions.csv", test.names, names, p, p0)
     run.say(f"results in {run.out}")
-    summary = run.report(**facts)
+    zero, accuracy = (data.accuracy(each, test.y_true) for each in (p0, p))
+    summary = run.report(zero_shot=zero, accuracy=accuracy, **facts)
     data.write_report(run, test, names, p)
     return summary
 
@@ -540,19 +540,17 @@ def adapt(args):
     job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
 
     job.tau = clip_model.logit_scale.exp()
-    plain = data.transforms(clip_model.visual.input_resolution)[0]
+    plain, *_ = views = data.transforms(clip_model.visual.input_resolution)
     if args.load:
         dataset.templates = job.saved["templates"]
     prompts = [[template.format(c) for template in dataset.templates] for c in names]
     job.t_hand = clip.zeroshot_classifier(clip_model, prompts)                  # (C, D)
     job.f_test = encode(job, dataset.test.view(plain))[0]                       # (N, D)
-    p0_test = zero_shot(job, job.f_test)                                        # (N, C)
-    zero = data.accuracy(p0_test, dataset.test.y_true)
+    p0_test = posterior(job, job.f_test, job.t_hand)                            # (N, C)
     if args.load:
-        t = Adapted(job.saved, clip_model).t                                    # (C, D)
-        p = (job.tau * job.f_test.to(job.device) @ t.T).softmax(dim=1).cpu()    # (N, C)
-        return finish(job, p, p0_test, zero_shot=zero,
-                      accuracy=data.accuracy(p, dataset.test.y_true))
+        with job.autocast():
+            t = Adapted(job.saved, clip_model).t.float()                        # (C, D)
+        return finish(job, posterior(job, job.f_test, t), p0_test)
 
     # the images in use and their candidate sets; CLIP's features and zero-shot posteriors
     y_true, note = dataset.train.y_true, ""             # to make candidates, and for diagnostics
@@ -560,6 +558,7 @@ def adapt(args):
         raise data.DataError("no labels to make candidate sets from: give --candidates FILE")
     if args.shots:
         dataset.train = dataset.train.subset(data.few_shot(y_true, args.shots, args.seed))
+        data.cache_pixels(dataset, views, args.cache)
         y_true = dataset.train.y_true                                           # (N,)
     if args.candidates == "uniform":
         sets = flip_candidates(y_true, len(names), args.q, args.seed)           # (N, C)
@@ -569,13 +568,14 @@ def adapt(args):
     if args.supervised:                                 # arXiv 2109.01134
         sets, args.objective, args.align = F.one_hot(y_true, len(names)).bool(), "naive", False
     elif args.candidates == "instance":
-        sets = hard_candidates(zero_shot(job, job.f_train), y_true, args.q, args.seed)
+        sets = hard_candidates(posterior(job, job.f_train, job.t_hand), y_true, args.q, args.seed)
     about = describe_candidates(sets, y_true) + note
     run.say(f"{len(sets)} images in use, {about}")
-    data.report_zero_shot(job, zero)
+    data.report_zero_shot(job, data.accuracy(p0_test, dataset.test.y_true))
 
     # the prompt learns from augmented views: as CLIP is frozen, from their features
-    weak, strong = data.augmented_views(job, lambda view: zero_shot(job, encode(job, view)[0]))
+    weak, strong = data.augmented_views(job, lambda view: posterior(
+        job, encode(job, view)[0], job.t_hand))
     views = {"crdpll": (weak, weak, strong), "pico": (weak, strong)}.get(args.objective, (weak,))
     passes = [encode(job, dataset.train.view(*views), epoch)                    # (A, N, D) each
               for epoch in range(min(args.passes, args.epochs))]
@@ -585,10 +585,10 @@ def adapt(args):
     learner = train(job, passes, sets, weights)
 
     # the results
-    l_train, l_test = predict(job, learner)                                     # (N, C) each
+    l_train, l_test, percent = evaluate(job, learner)                           # (N, C) each
     write_disambiguated(run.out / "disambiguated.csv", dataset.train, names, sets, l_train)
     data.save_model(job, learner.prompts, ctx=args.ctx)
-    return finish(job, l_test.softmax(dim=1), p0_test, zero_shot=zero, **scores(job, learner),
+    return finish(job, l_test.softmax(dim=1), p0_test, disambiguation=percent["disambiguation"],
                   weights=learner.prompts.weights.tolist(), candidates=about)
 
 
@@ -597,7 +597,7 @@ def parse(argv=None):
     data.add_common(parser, "prompt_align", 32)
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--objective", choices=OBJECTIVES, default="cc", help="Eq. 3-9 (%(default)s)")
-    add("--align", default=True, action=switch, help="Eq. 11; without: the objective alone")
+    add("--align", default=True, action=switch, help="Eq. 10; without: the objective alone")
     add("--teacher", choices=TEACHERS, default="evidence", help="two prompts, weighed by a "
         "held-out fifth of the sets; or Eq. 11, alpha falling or as released (%(default)s)")
     add("--candidates", default="uniform", metavar="uniform|instance|FILE", help="made from the "

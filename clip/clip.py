@@ -121,6 +121,7 @@ def tokenize(texts, context_length=77, truncate=False):
     return result
 
 
+@torch.no_grad()
 def zeroshot_classifier(model, texts):
     """C lists of prompts -> (C, D): per class the mean of its unit text features, a unit vector."""
     tokens = tokenize([text for prompts in texts for text in prompts], truncate=True)
@@ -154,7 +155,7 @@ def _read_checkpoint(path):
         checkpoint, extra = _read_file(path), {}
         if not isinstance(checkpoint, dict):
             raise ValueError("it holds no state dict")
-        for key in ("state_dict", "model"):
+        for key in ("state_dict", "model", "model_state_dict"):
             if isinstance(checkpoint.get(key), dict):
                 checkpoint, extra = checkpoint[key], checkpoint
                 break
@@ -259,9 +260,10 @@ _HUGGING_FACE = (  # (their part of a name, OpenAI's), replaced in this order
 
 
 def _openai_names(weights):
-    """The state dict with OpenAI's names, from those of DDP, open_clip or Hugging Face."""
-    if weights and all(key.startswith("module.") for key in weights):
-        weights = {key[len("module."):]: value for key, value in weights.items()}
+    """The state dict with OpenAI's names, from those of wrappers, open_clip or Hugging Face."""
+    for prefix in ("module.", "model.", "_orig_mod."):  # DDP, Lightning, torch.compile
+        if weights and all(key.startswith(prefix) for key in weights):
+            weights = {key[len(prefix):]: value for key, value in weights.items()}
     if "text.token_embedding.weight" in weights:  # open_clip's CustomTextCLIP
         weights = {key.removeprefix("text."): value for key, value in weights.items()}
     if "text_model.embeddings.token_embedding.weight" in weights:
