@@ -51,7 +51,6 @@ _tokenizer = SimpleTokenizer()
 
 # ---------------------------------------------------------------------------------- public
 
-
 def available_models():
     """Names that `load` knows: OpenAI's nine, and "tiny", which lies in this folder."""
     return list(_MODELS)
@@ -147,7 +146,6 @@ def _transform(n_px):
 
 
 # ---------------------------------------------------------------------------------- checkpoints
-
 
 def _read_checkpoint(path):
     """(state dict with OpenAI's names, other entries such as quick_gelu) of any file."""
@@ -279,7 +277,6 @@ def _openai_names(weights):
 
 
 # ---------------------------------------------------------------------------------- download
-
 
 def _sources(name):
     """[(url, SHA-256, or None: ask the host)] of a model's file, in the order of trial."""

@@ -6,7 +6,6 @@ special tokens; every string has an encoding, so there is no "unknown" token.
 """
 import gzip
 import html
-from functools import lru_cache
 from pathlib import Path
 
 import ftfy
@@ -27,7 +26,6 @@ def default_bpe():
     return str(Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz"))
 
 
-@lru_cache
 def bytes_to_unicode():
     """{byte: character}: printable Latin-1 is itself, the other 68 bytes get 256, 257, ..."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
