@@ -264,7 +264,7 @@ class EpochSampler(Sampler):
         self.used = n if shuffle else len(shard(range(n)))
         if drop_last:                                   # but leave a batch
             self.used -= n % (batch_size if n >= batch_size else world_size())
-        if not self.used:
+        if shuffle and not self.used:
             raise DataError(f"{n} images are too few for {world_size()} processes")
 
     def __len__(self):
@@ -297,6 +297,7 @@ class DeviceLoader(DataLoader):
             view, num_workers=workers, worker_init_fn=worker_init,
             batch_sampler=EpochSampler(self.N, batch_size, shuffle, seed, epoch, drop_last),
             pin_memory=self.device.type == "cuda", persistent_workers=shuffle and workers > 0,
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             generator=torch.Generator().manual_seed(0))         # not the global one
 
     def __iter__(self):
@@ -846,10 +847,15 @@ def shard(items):
 
 
 def broadcast_from_rank0(f, *args):
-    """f(*args) of the first process, for all."""
-    result = [f(*args) if rank() == 0 else None]
+    """f(*args) of the first process, for all; so too a user's mistake."""
+    try:
+        result = [f(*args) if rank() == 0 else None]
+    except (DataError, clip.CLIPError, OSError) as e:
+        result = [e]
     if world_size() > 1:
         dist.broadcast_object_list(result, device=torch.device("cpu"))
+    if isinstance(result[0], Exception):
+        raise result[0]
     return result[0]
 
 
@@ -918,7 +924,7 @@ class Run:
     def __init__(self, out, args, resume=False):
         self.out, self.start, self.shown, self.state = Path(out), time.time(), 0.0, None
         self.lines, self.images, self.busy = [args], 0, 0.0     # images, seconds of training
-        if (self.out / "args.json").exists() != resume and rank() == 0:
+        if broadcast_from_rank0((self.out / "args.json").exists) != resume:
             raise DataError(f"{out} holds no run to --resume" if resume else
                             f"{out} already holds a run: give --resume, or another --out")
         if resume and (self.out / "last.pt").exists():

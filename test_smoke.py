@@ -2412,7 +2412,7 @@ def processes(n, script, out, *argv, spy=None, at=None, do=None):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     screens = [out.parent / f"{out.name}.{k}.txt" for k in range(n)]
-    all_ = [FORKS.Process(target=child, args=(
+    all_ = [FORKS.Process(target=child, daemon=True, args=(
         script, ["--out", str(out), *map(str, argv)], screens[k], {} if n == 1 else {
             "RANK": str(k), "LOCAL_RANK": str(k), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
@@ -2420,7 +2420,7 @@ def processes(n, script, out, *argv, spy=None, at=None, do=None):
     for p in all_:
         p.start()
     for p in all_:
-        p.join(60)
+        p.join(300)
         hangs = p.exitcode is None
         p.kill()
         assert not hangs, [s.read_text() for s in screens if s.exists()]
@@ -2484,6 +2484,10 @@ def test_stopped(tmp_path, stop):
 def test_processes_that_fail(tmp_path):
     status, screen = processes(2, "coft", tmp_path / "b", "--batch-size", 31)
     assert status == [2, 2] and "--batch-size 31 cannot be divided by 2 processes" in screen[0]
+    written(tmp_path / "c" / "args.json", "{}")         # what the first process alone finds
+    for flags, says in ((["--data", "nowhere"], "no such folder"), ([], "already holds a run")):
+        status, screen = processes(2, "coft", tmp_path / "c", *flags)
+        assert status == [2, 2] and all(says in text for text in screen)
 
 
 def test_mixed_precision(little, tmp_path, monkeypatch):
