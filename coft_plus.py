@@ -53,7 +53,7 @@ ADDITIONS = {
     "balance": "A2 labels from posteriors balanced over the classes: guess",
     "fresh":   "A3 labels, and so verdicts, anew each epoch of phase 2: train_phase",
     "adam":    "A4 AdamW, rates relative to the size of words, not SGD: param_groups",
-    "part":    "A5 after a short phase 2 its encoders go only part of the way from CLIP: part_way",
+    "part":    "A5 after few steps or images the encoders go but part of the way: part_way",
     "crops":   "A6 the models of phase 2 predict the mean over five crops, as A5 lets: with_crops",
     "third":   "A7 --student learns in a phase 3, from what the models of phase 2 predict: adapt",
     "mix":     "A8 the template is one sentence more, and the FC layer starts there too: adapt",
@@ -395,9 +395,10 @@ def train_step(job, phase, batches, y, clean):
 @torch.no_grad()
 def part_way(job, models, steps):
     """(A5) Moves the models of phase 2 back towards their start, weight by weight (WiSE-FT, arXiv
-    2109.01903): in few images, and so few steps, wrong labels are learnt by heart. Returns how far
-    they stay from it, 1: all the way."""
-    share = min(1.0, steps / WHOLE)
+    2109.01903): in few steps, or from few images a class, wrong labels are learnt by heart. Returns
+    how far they stay from it, 1: all the way."""
+    n = len(job.dataset.train) / len(job.dataset.class_names)
+    share = min(1.0, steps / WHOLE) * min(1.0, max(0.0, n - 4) / 8)
     for me in models:
         for v, v0 in zip(me.parameters(), FullModel(job.full, job.t0, me.judge).parameters()):
             v.copy_(v0.lerp(v, share))

@@ -1239,9 +1239,11 @@ def test_full_model_is_an_fc_layer_on_a_fresh_encoder(frozen):    # Eq. (7)
 
 def test_part_way(frozen, monkeypatch, capsys):         # (A5)
     t0, run = unit(3, 64), data.Run.__new__(data.Run)
-    job = SimpleNamespace(full=frozen, t0=t0, run=run)
     monkeypatch.setattr(coft, "WHOLE", 300)
-    for steps, share in ((30, 0.1), (300, 1.0), (900, 1.0)):
+    for steps, images, share in ((30, 36, 0.1), (300, 36, 1.0), (900, 36, 1.0), (900, 24, 0.5),
+                                 (900, 9, 0.0)):
+        job = SimpleNamespace(full=frozen, t0=t0, run=run, dataset=SimpleNamespace(
+            train=range(images), class_names=NAMES[:3]))
         model = coft.FullModel(frozen, t0, student_of(frozen))
         start = {k: v.clone() for k, v in model.state_dict().items()}
         for v in model.parameters():

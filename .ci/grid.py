@@ -43,7 +43,14 @@ DRAWN = {   # name: (style, classes, training images of the first class, of the 
     "new: coloured, ten": ("slanted", [c for c in COLOURED if c.split()[0] == "green"], 12, 12),
     # after K was made a share of the class
     "new: two, many": ("turned", ["square", "ring"], 700, 700),
-    "new: five, many": ("beads", ["circle", "triangle", "star", "heart", "cross"], 300, 300)}
+    "new: five, many": ("beads", ["circle", "triangle", "star", "heart", "cross"], 300, 300),
+    # many classes of few images; those after the first three came after A5's ramp over them
+    "coloured, 100, three each": ("slanted", COLOURED, 3, 3),
+    "coloured, 50, five each": ("crowd", COLOURED[1::2], 5, 5),
+    "coloured, 50, ten each": ("torn", COLOURED[::2], 10, 10),
+    "new: coloured, 50, six each": ("quilt", COLOURED[::2], 6, 6),
+    "new: coloured, 34, nine each": ("neon", COLOURED[::3], 9, 9),
+    "new: coloured, 100, five each": ("beads", COLOURED, 5, 5)}
 GLYPHS = {  # name: (folder, classes or all, first, last, template)
     "digits, 3 and 8": ("mnist", ["three", "eight"], 100, 100, "a photo of the number {}."),
     "digits, five each": ("mnist", None, 5, 5, "a photo of the number {}."),
