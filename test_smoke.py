@@ -2454,6 +2454,7 @@ def test_two_processes_are_one(tmp_path, script, flags):
 @pytest.mark.parametrize("script, flags, late", [
     ("coft", [], 8), ("coft_plus", [], 8), ("coft_plus", ["--recipe", "paper"], 8),
     ("coft_plus", ["--student", "tiny", "--epochs2", "2"], 17),
+    ("prompt_align", ["--objective", "rc"], 8),
     ("prompt_align", ["--objective", "pico", "--teacher", "evidence"], 14)])   # 6 are a trial's
 def test_kill_and_resume(little, tmp_path, script, flags, late, capsys):
     """A killed run goes on to the same weights, tables and log, bit for bit."""
@@ -2481,6 +2482,7 @@ def test_stopped(tmp_path, stop):
     said = screen[0].splitlines()[-1]
     assert said == f"stopped; --resume --out {tmp_path / 'run'} goes on after the last epoch"
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["epoch"] == 1
+    assert not (tmp_path / "run" / "model.pt").exists()
 
 
 def test_processes_that_fail(tmp_path):
@@ -2571,3 +2573,11 @@ def test_odd_data(little, drawn, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(coft, "select_clean", lambda *a: (select(*a)[0], select(*a)[1] & False))
     assert run(tmp_path / "none", "--max-steps", 1) == 0            # nothing is called clean
     assert [e["kept"] for e in epochs_of(tmp_path / "none") if e.get("phase") == 2] == [0]
+
+
+def test_same_for_any_number_of_workers(drawn, tmp_path):
+    save_pictures(tmp_path / "data", drawn)
+    for workers in (0, 2):
+        assert run(tmp_path / f"{workers}", "--data", tmp_path / "data", "--arch", "tiny",
+                   "--max-steps", 2, "--epochs2", 0, "--workers", workers) == 0
+    same_result(tmp_path / "0", tmp_path / "2")
