@@ -431,26 +431,29 @@ class ZeroShot:
 
 
 @torch.no_grad()
-def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=TOP, crops=0):
+def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=TOP, mean=False,
+            crops=0):
     """The `Table` of all images, on the CPU: softmax, p_clean of the models' judges (1 if not
-    judge); crops: the share of over_views. before: the last table, which moves towards the new one
-    by `share` of (p, p_clean)."""
+    judge); mean: one table, of their means; crops: the share of over_views. before: the last table,
+    which moves towards the new one by `share` of (p, p_clean)."""
     judges = [getattr(me, "judge", me) for me in models]                        # phase 1: itself
     with job.autocast():
         texts = [one.texts(job.clip_model) for one in judges]                   # (C, D) each
-    M, C = len(models), len(texts[0][0])
+    M, C = 1 if mean else len(models), len(texts[0][0])
     p, p_clean = torch.zeros(2, M, loader.N, min(C, top))                       # (M, N, H) each
     index = torch.zeros(p.shape, dtype=torch.int32)
     for x, i in loader:                                                         # (B, 3, R, R), (B,)
-        x = with_crops(x, crops)                                                # (V B, 3, R, R)
-        for m, me in enumerate(models):
+        x, says = with_crops(x, crops), []                                      # (V B, 3, R, R)
+        for me, its, t in zip(models, judges, texts):
             with job.autocast():
-                _, l_pos, l_neg = me(job.clip_model, x, texts[m])               # (V B, C) each
+                _, l_pos, l_neg = me(job.clip_model, x, t)                      # (V B, C) each
                 new = l_pos.softmax(dim=1)
-                if judge and me is not judges[m]:
-                    _, l_pos, l_neg = judges[m](job.clip_model, x, texts[m])
+                if judge and me is not its:
+                    _, l_pos, l_neg = its(job.clip_model, x, t)
             clean = log_p_clean(l_pos, l_neg)[0].exp() if judge else torch.ones_like(new)
-            new, clean = (over_views(v, len(i), crops).cpu() for v in (new, clean))     # (B, C)
+            says.append(torch.stack([over_views(v, len(i), crops) for v in (new, clean)]).cpu())
+        says = torch.stack(says)                                                # (M, 2, B, C)
+        for m, (new, clean) in enumerate(says.mean(dim=0, keepdim=True) if mean else says):
             if before:
                 new, clean = (                                                  # (B, C) each
                     torch.zeros(len(i), C).scatter(1, before.index[m, i].long(), old[m, i])
@@ -465,8 +468,8 @@ def test_accuracy(job, models):
     """Percent of the plain test images, or None if their labels are not known."""
     if job.dataset.test.y_true is None:
         return None
-    table = predict(job, models, job.test, False, top=len(job.dataset.class_names))
-    return data.accuracy(table.p.mean(dim=0), job.dataset.test.y_true)
+    table = predict(job, models, job.test, judge=False, mean=True)
+    return data.accuracy(labels_of(table.p, table.index)[0], job.dataset.test.y_true)
 
 
 def diagnostics(table, lesson, judge, y_true):
@@ -540,12 +543,14 @@ def finish(job, models, zero=None):
     if not args.load:
         data.save_model(job, models, recipe=args.recipe, student=args.student, crops=job.crops,
                         light={"peft": args.peft, "peft_size": args.peft_size, "ctx": args.ctx})
-    table = predict(job, models, job.test, top=len(names), crops=job.crops)     # (A6)
-    p, p_clean = table.p.mean(dim=0), table.p_clean.mean(dim=0)                 # (N, C) each
-    data.write_predictions(run.out / "predictions.csv", test.names, names, p, p_clean)
+    table = predict(job, models, job.test, mean=True, crops=job.crops)          # (A6)
+    p, p_clean, index = (v[0] for v in table)                                   # (N, H) each
+    y = labels_of(p, index)                                                     # (N,)
+    data.write_predictions(run.out / "predictions.csv", test.names, names, y, at(p, index, y),
+                           at(p_clean, index, y))
     run.say(f"results in {run.out}" + f"; five crops weigh {job.crops:.0%}" * (job.crops > 0))
-    summary = run.report(zero_shot=zero, accuracy=data.accuracy(p, test.y_true), crops=job.crops)
-    data.write_report(run, test, names, p)
+    summary = run.report(zero_shot=zero, accuracy=data.accuracy(y, test.y_true), crops=job.crops)
+    data.write_report(run, test, names, p, index)
     if args.export:
         export(job, models[0])
     return summary

@@ -451,10 +451,10 @@ def train_phase(job, number, round, students, view, lesson, table):
         if "views" in job.added:                        # (A1) means of this phase; of p also with
             share = 1 / (epoch + 2), judge / (epoch + 1)            # the one that it started from
         if crowds and 3 * (epoch + 1) >= epochs:        # (A9)
-            q, even = by_density(table, *look(job, phase.students, table.index), C,
-                                 "balance" in job.added)
-            table = table._replace(p=table.p.lerp(q, share[0]))
-            if "balance" in job.added and not even:
+            q, even = zip(*(by_density(q, index, *look(job, me, index), C, "balance" in job.added)
+                            for me, q, index in zip(phase.students, table.p, table.index)))
+            table = table._replace(p=table.p.lerp(torch.stack(q), share[0]))
+            if "balance" in job.added and not all(even):
                 job.added = job.added - {"balance"}
                 run.say("classes are not equally large: labels are no longer balanced (A2)")
         elif number < 3:
@@ -500,56 +500,49 @@ def gaussians(f, q, index, C):
     return log_density
 
 
-def by_density(table, p, f, C, even):
-    """Labels by the posterior p times the density of the features f (see `look`). Three steps of EM
-    from the table fit the Gaussians, to every n-th image of a large folder. If even, the classes
-    are held to the same size (A2), unless that costs more than 1 nat of likelihood an image: then
-    the folder is not balanced. Returns q (M, N, H), and whether even holds."""
-    n = max(1, f.shape[1] // FIT)
+def by_density(q, index, p, f, C, even):
+    """A student's labels by its posterior p times the density of the features f (see `look`). Three
+    steps of EM from the table's q fit the Gaussians, to every n-th image of a large folder. If
+    even, the classes are held to the same size (A2), unless that costs more than 1 nat of
+    likelihood an image: then the folder is not balanced. q, index, p (N, H), f (N, D). Returns q
+    (N, H), and whether even holds."""
+    n = max(1, len(f) // FIT)
 
     def posterior(prior, d, index, even):
         p = (prior.clamp(min=1e-9).log() + d).softmax(dim=1)                    # (N, H)
         return balanced(p, index, C) if even else p
 
     def em(even):
-        found, fit = [], 0.0
-        for q, index, p_m, f_m in zip(*(v[:, ::n] for v in (table.p, table.index, p, f))):
-            q = posterior(q, 0.0, index, even)
-            for _ in range(3):
-                log_density = gaussians(f_m, q, index, C)
-                d = log_density(f_m, index)                                     # (N / n, H)
-                q = posterior(p_m, d, index, even)
-            found.append(log_density)
-            fit += float(d.logsumexp(dim=1).mean()) / len(p)
-        return found, fit
+        some = index[::n]                                                       # (N / n, H)
+        now = posterior(q[::n], 0.0, some, even)
+        for _ in range(3):
+            log_density = gaussians(f[::n], now, some, C)
+            d = log_density(f[::n], some)                                       # (N / n, H)
+            now = posterior(p[::n], d, some, even)
+        return log_density, float(d.logsumexp(dim=1).mean())
 
-    found, fit = em(False)
+    log_density, fit = em(False)
     if even:
-        found_even, fit_even = em(True)
+        log_density_even, fit_even = em(True)
         even = fit - fit_even < 1
-        found = found_even if even else found
-    q = [posterior(p_m, log_density(f_m, index), index, even)
-         for p_m, f_m, index, log_density in zip(p, f, table.index, found)]
-    return torch.stack(q), even
+        log_density = log_density_even if even else log_density
+    return posterior(p, log_density(f, index), index, even), even
 
 
 @torch.no_grad()
-def look(job, models, index):
-    """What the models of phase 2 say of the training images: the softmax of the classes index
-    (M, N, H), and features (M, N, D), means over five crops of both. All features are held at once,
-    on the GPU if it is CUDA's: 2.6 GB for 1.28 million images and D = 512."""
+def look(job, model, index):
+    """What a model of phase 2 says of the training images: the softmax of the classes index (N, H),
+    and features (N, D), means over five crops of both. The features are all held at once, on the
+    GPU if it is CUDA's: 1.3 GB for 1.28 million images and D = 512."""
     p, f = torch.zeros(index.shape), torch.zeros(
-        *index.shape[:2], job.t0.shape[1], dtype=torch.half,
+        len(index), job.t0.shape[1], dtype=torch.half,
         device=job.device if job.device.type == "cuda" else "cpu")
     for x, i in job.train:                                                      # (B, 3, R, R), (B,)
-        x = with_crops(x, 1.0)                                                  # (6 B, 3, R, R)
-        for m, me in enumerate(models):
-            with job.autocast():
-                v, l_pos, _ = me(job.clip_model, x)                             # (6 B, D), (6 B, C)
-            views = l_pos.softmax(dim=1), F.normalize(v, dim=1)
-            now, v = (over_views(v, len(i), 1.0) for v in views)                # (B, C), (B, D)
-            p[m, i] = now.cpu().gather(1, index[m, i].long())
-            f[m, i] = v.to(f)
+        with job.autocast():
+            v, l_pos, _ = model(job.clip_model, with_crops(x, 1.0))             # (6 B, D), (6 B, C)
+        views = l_pos.softmax(dim=1), F.normalize(v, dim=1)
+        now, v = (over_views(v, len(i), 1.0) for v in views)                    # (B, C), (B, D)
+        p[i], f[i] = now.cpu().gather(1, index[i].long()), v.to(f)
     return data.all_reduce_sum(p), data.all_reduce_sum(f)
 
 
@@ -569,26 +562,29 @@ class ZeroShot:
 
 
 @torch.no_grad()
-def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=TOP, crops=0):
+def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=TOP, mean=False,
+            crops=0):
     """The `Table` of all images, on the CPU: softmax, p_clean of the models' judges (1 if not
-    judge); crops: the share of over_views. before: the last table, which moves towards the new one
-    by `share` of (p, p_clean)."""
+    judge); mean: one table, of their means; crops: the share of over_views. before: the last table,
+    which moves towards the new one by `share` of (p, p_clean)."""
     judges = [getattr(me, "judge", me) for me in models]                        # phase 1: itself
     with job.autocast():
         texts = [one.texts(job.clip_model) for one in judges]                   # (C, D) each
-    M, C = len(models), len(texts[0][0])
+    M, C = 1 if mean else len(models), len(texts[0][0])
     p, p_clean = torch.zeros(2, M, loader.N, min(C, top))                       # (M, N, H) each
     index = torch.zeros(p.shape, dtype=torch.int32)
     for x, i in loader:                                                         # (B, 3, R, R), (B,)
-        x = with_crops(x, crops)                                                # (V B, 3, R, R)
-        for m, me in enumerate(models):
+        x, says = with_crops(x, crops), []                                      # (V B, 3, R, R)
+        for me, its, t in zip(models, judges, texts):
             with job.autocast():
-                _, l_pos, l_neg = me(job.clip_model, x, texts[m])               # (V B, C) each
+                _, l_pos, l_neg = me(job.clip_model, x, t)                      # (V B, C) each
                 new = l_pos.softmax(dim=1)
-                if judge and me is not judges[m]:
-                    _, l_pos, l_neg = judges[m](job.clip_model, x, texts[m])
+                if judge and me is not its:
+                    _, l_pos, l_neg = its(job.clip_model, x, t)
             clean = log_p_clean(l_pos, l_neg)[0].exp() if judge else torch.ones_like(new)
-            new, clean = (over_views(v, len(i), crops).cpu() for v in (new, clean))     # (B, C)
+            says.append(torch.stack([over_views(v, len(i), crops) for v in (new, clean)]).cpu())
+        says = torch.stack(says)                                                # (M, 2, B, C)
+        for m, (new, clean) in enumerate(says.mean(dim=0, keepdim=True) if mean else says):
             if before:
                 new, clean = (                                                  # (B, C) each
                     torch.zeros(len(i), C).scatter(1, before.index[m, i].long(), old[m, i])
@@ -603,8 +599,8 @@ def test_accuracy(job, models):
     """Percent of the plain test images, or None if their labels are not known."""
     if job.dataset.test.y_true is None:
         return None
-    table = predict(job, models, job.test, False, top=len(job.dataset.class_names))
-    return data.accuracy(table.p.mean(dim=0), job.dataset.test.y_true)
+    table = predict(job, models, job.test, judge=False, mean=True)
+    return data.accuracy(labels_of(table.p, table.index)[0], job.dataset.test.y_true)
 
 
 def diagnostics(table, lesson, judge, y_true):
@@ -678,12 +674,14 @@ def finish(job, models, zero=None):
     if not args.load:
         data.save_model(job, models, recipe=args.recipe, student=args.student, crops=job.crops,
                         light={"peft": args.peft, "peft_size": args.peft_size, "ctx": args.ctx})
-    table = predict(job, models, job.test, top=len(names), crops=job.crops)     # (A6)
-    p, p_clean = table.p.mean(dim=0), table.p_clean.mean(dim=0)                 # (N, C) each
-    data.write_predictions(run.out / "predictions.csv", test.names, names, p, p_clean)
+    table = predict(job, models, job.test, mean=True, crops=job.crops)          # (A6)
+    p, p_clean, index = (v[0] for v in table)                                   # (N, H) each
+    y = labels_of(p, index)                                                     # (N,)
+    data.write_predictions(run.out / "predictions.csv", test.names, names, y, at(p, index, y),
+                           at(p_clean, index, y))
     run.say(f"results in {run.out}" + f"; five crops weigh {job.crops:.0%}" * (job.crops > 0))
-    summary = run.report(zero_shot=zero, accuracy=data.accuracy(p, test.y_true), crops=job.crops)
-    data.write_report(run, test, names, p)
+    summary = run.report(zero_shot=zero, accuracy=data.accuracy(y, test.y_true), crops=job.crops)
+    data.write_report(run, test, names, p, index)
     if args.export:
         export(job, models[0])
     return summary

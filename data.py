@@ -807,10 +807,10 @@ def augmented_views(job, posterior):
 
 # ---- shared by the scripts: measures ----
 
-def accuracy(p, y_true):
-    """Percent of the images whose argmax_k p_k is the true class; None without labels."""
+def accuracy(y, y_true):
+    """Percent of the images whose class y (N,) is the true one; None without labels."""
     if y_true is not None:
-        return round(100 * float((p.argmax(dim=1) == y_true).double().mean()), 2)
+        return round(100 * float((y == y_true).double().mean()), 2)
 
 
 def few_shot(y_true, K, seed):
@@ -1030,14 +1030,12 @@ def replacing(path, mode="wb", **how):
         raise DataError(f"cannot write {path}: {reason(e)}") from None
 
 
-def write_predictions(path, names, class_names, p, p_clean):
-    """predictions.csv: a row per image; p (N, C) softmax, p_clean (N, C) of the chosen class."""
-    confidence, y = p.max(dim=1)                                                # (N,) each
-    clean = p_clean.gather(1, y[:, None])[:, 0]                                 # (N,)
+def write_predictions(path, names, class_names, y, confidence, p_clean):
+    """predictions.csv: a row per image; its class y, the softmax and p_clean of it, (N,) each."""
     with replacing(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         table = csv.writer(file)
         table.writerow(["path", "class", "confidence", "p_clean"])
-        for name, k, a, b in zip(names, y.tolist(), confidence.tolist(), clean.tolist()):
+        for name, k, a, b in zip(names, y.tolist(), confidence.tolist(), p_clean.tolist()):
             table.writerow([name, class_names[k], f"{a:.4f}", f"{b:.4f}"])
 
 
@@ -1061,15 +1059,17 @@ def pseudo_label_sheet(path, images, class_names, y, score):
         sheet.save(file, "PNG")
 
 
-def write_report(run, images, class_names, p):
+def write_report(run, images, class_names, p, index):
     """report.html, one file that needs no other: curves of the log, the confusion matrix (of up to
     40 classes, if there are labels), pseudo_labels.png, the fifty least certain test images with
-    their two likeliest classes. p (N, C) softmax of the test images."""
+    their two likeliest classes. p (N, H): softmax of the test images, for the classes index."""
     def inline(image):
         image.save(file := io.BytesIO(), "PNG")
         return f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
     names, last = [html.escape(c) for c in class_names], run.lines[-1]
+    best, place = p.topk(min(2, p.shape[1]), dim=1)                             # (N, 2) each
+    k = index.gather(1, place).long()                                           # classes
     accuracies = "".join(f"<p>{title} {last[key]} %" for key, title in (
         ("zero_shot", "zero-shot accuracy"), ("accuracy", "accuracy after the run"))
         if last.get(key) is not None)
@@ -1095,7 +1095,7 @@ def write_report(run, images, class_names, p):
         page.append("</svg>")
     if images.y_true is not None and len(names) <= 40:
         counts = torch.zeros(len(names), len(names), dtype=torch.long)      # true, predicted
-        counts.index_put_((images.y_true, p.argmax(dim=1)), torch.tensor(1), accumulate=True)
+        counts.index_put_((images.y_true, k[:, 0]), torch.tensor(1), accumulate=True)
         page.append("<h2>A row per true class, a column per prediction</h2><table><tr><th><th>"
                     + "<th>".join(names))
         for c, row in zip(names, counts.tolist()):
@@ -1107,7 +1107,6 @@ def write_report(run, images, class_names, p):
         with Image.open(run.out / "pseudo_labels.png") as sheet:
             page.append(f"<h2>Pseudo-labels</h2>{inline(sheet)}")
     page.append("<h2>Least certain test images</h2>")
-    best, k = p.topk(min(2, len(names)), dim=1)                                 # (N, 2) each
     for i in (best[:, 0] - best[:, -1]).argsort()[:50].tolist():
         says = "<br>".join(f"{names[j]} {v:.2f}" for v, j in zip(best[i].tolist(), k[i].tolist()))
         page.append(f'<figure title="{html.escape(images.names[i])}">'

@@ -395,8 +395,8 @@ def evaluate(job, learner):
                        for f in (job.f_train, job.f_test))
     inside = l_train.masked_fill(~learner.sets.cpu(), -math.inf)                # (N, C)
     return l_train, l_test, {
-        "accuracy": data.accuracy(l_test, job.dataset.test.y_true),         # diagnostics only
-        "disambiguation": data.accuracy(inside, job.dataset.train.y_true)}
+        "accuracy": data.accuracy(l_test.argmax(dim=1), job.dataset.test.y_true),   # diagnostics
+        "disambiguation": data.accuracy(inside.argmax(dim=1), job.dataset.train.y_true)}
 
 
 def write_disambiguated(path, images, class_names, S, l):
@@ -518,11 +518,13 @@ def finish(job, p, p0, **facts):
     """predictions.csv, where p_clean is CLIP's own probability of the class, and report.html. p, p0
     (N, C): learnt and zero-shot. Returns the summary."""
     run, test, names = job.run, job.dataset.test, job.dataset.class_names
-    data.write_predictions(run.out / "predictions.csv", test.names, names, p, p0)
+    y = p.argmax(dim=1)                                                         # (N,)
+    data.write_predictions(run.out / "predictions.csv", test.names, names, y,
+                           *(v.gather(1, y[:, None])[:, 0] for v in (p, p0)))
     run.say(f"results in {run.out}")
-    zero, accuracy = (data.accuracy(each, test.y_true) for each in (p0, p))
+    zero, accuracy = (data.accuracy(k, test.y_true) for k in (p0.argmax(dim=1), y))
     summary = run.report(zero_shot=zero, accuracy=accuracy, **facts)
-    data.write_report(run, test, names, p)
+    data.write_report(run, test, names, p, torch.arange(len(names)).expand(p.shape))
     return summary
 
 
@@ -571,7 +573,7 @@ def adapt(args):
         sets = hard_candidates(posterior(job, job.f_train, job.t_hand), y_true, args.q, args.seed)
     about = describe_candidates(sets, y_true) + note
     run.say(f"{len(sets)} images in use, {about}")
-    data.report_zero_shot(job, data.accuracy(p0_test, dataset.test.y_true))
+    data.report_zero_shot(job, data.accuracy(p0_test.argmax(dim=1), dataset.test.y_true))
 
     # the prompt learns from augmented views: as CLIP is frozen, from their features
     weak, strong = data.augmented_views(job, lambda view: posterior(

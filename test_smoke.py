@@ -923,8 +923,9 @@ def test_cached_pixels(tmp_path, monkeypatch, workers):
 
 
 def test_predictions_and_replacing(tmp_path):
-    p, path = torch.tensor([[0.25, 0.75], [0.9, 0.1]]), tmp_path / "p.csv"
-    data.write_predictions(path, ["a,1.jpg", "é\udce9.jpg"], ["cat", "dog"], p, 1 - p)
+    p, path = torch.tensor([0.75, 0.9]), tmp_path / "p.csv"
+    data.write_predictions(path, ["a,1.jpg", "é\udce9.jpg"], ["cat", "dog"], torch.tensor([1, 0]),
+                           p, 1 - p)
     before = path.read_text(encoding="utf-8")
     assert before.splitlines() == ["path,class,confidence,p_clean", '"a,1.jpg",dog,0.7500,0.2500',
                                    "é\\udce9.jpg,cat,0.9000,0.1000"]
@@ -1035,6 +1036,11 @@ def test_table_of_many_classes():
     for found, wanted in zip(coft.pseudo_labels(table.p[0], table.index[0], C, 2),
                              coft.pseudo_labels(p, all_classes(p), C, 2)):
         assert torch.equal(found, wanted)
+    other = Model()                                     # the mean of two, whose 16 classes differ
+    other.says = (2 * torch.randn(N, C)).softmax(dim=1)
+    table, p = coft.predict(job, [model, other], loader, mean=True), (model.says + other.says) / 2
+    assert torch.equal(coft.labels_of(table.p, table.index)[0], p.argmax(dim=1))
+    torch.testing.assert_close(table.p[0].sort().values, p.sort().values[:, -16:])
 
 
 def test_five_crops():                                  # (A6)
@@ -1101,8 +1107,8 @@ def test_balanced():
 
 
 def test_accuracy_and_auroc():
-    p = torch.eye(3)
-    assert data.accuracy(p, torch.tensor([0, 1, 1])) == 66.67 and data.accuracy(p, None) is None
+    y = torch.arange(3)
+    assert data.accuracy(y, torch.tensor([0, 1, 1])) == 66.67 and data.accuracy(y, None) is None
     for seed in range(5):
         g = torch.Generator().manual_seed(seed)
         score = torch.randint(8, (60,), generator=g) / 8            # many ties
@@ -1608,19 +1614,18 @@ def test_labels_by_density(sizes, fit, monkeypatch):    # (A9)
     y = torch.arange(3).repeat_interleave(torch.tensor(sizes))
     f = 3 * torch.eye(3)[y] + 0.3 * torch.randn(N, 3)
     given = torch.where(torch.rand(N) < 0.1, (y + torch.randint(1, 3, (N,))) % 3, y)
-    p = torch.full((2, N, 3), 0.1)
-    p.scatter_(2, given.expand(2, -1)[..., None], 0.8)
-    table, seen = coft_plus.Table(p, p, all_classes(p)), (p, f.expand(2, -1, -1))
-    q, even = coft_plus.by_density(table, *seen, 3, True)
+    p = torch.full((N, 3), 0.1).scatter(1, given[:, None], 0.8)
+    index = all_classes(p)
+    q, even = coft_plus.by_density(p, index, p, f, 3, True)
     assert even == (sizes[0] == sizes[1])
     assert (given == y).float().mean() < 0.95
-    assert (coft_plus.labels_of(q, table.index) == y).float().mean() > 0.99
+    assert (coft_plus.labels_of(q, index) == y).float().mean() > 0.99
     if even:
-        torch.testing.assert_close(q.mean(dim=1), torch.full((2, 3), 1 / 3))
-    assert not coft_plus.by_density(table, *seen, 3, False)[1]          # once found uneven: so
-    for f in (torch.zeros(2, N, 3), 1e3 * seen[1]):   # all alike; far apart, and sure of it
-        sure = F.one_hot(given, 3).float().expand(2, -1, -1)
-        q, _ = coft_plus.by_density(table, sure, f, 3, True)
+        torch.testing.assert_close(q.mean(dim=0), torch.full((3,), 1 / 3))
+    assert not coft_plus.by_density(p, index, p, f, 3, False)[1]        # once found uneven: so
+    for f in (torch.zeros(N, 3), 1e3 * f):              # all alike; far apart, and sure of it
+        sure = F.one_hot(given, 3).float()
+        q, _ = coft_plus.by_density(p, index, sure, f, 3, True)
         assert torch.isfinite(q).all()
 
 
@@ -2266,8 +2271,8 @@ def test_export(little, tmp_path, capsys):
     assert beside["class_names"] == list(shapes.SHAPES) and beside["t"].shape == (10, 64)
     test = data.load("demo").test
     f = plain.encode_image(torch.stack([model.preprocess(test.image(i)) for i in range(50)]))
-    p = (F.normalize(f, dim=1) @ beside["t"].T)                                 # (50, 10)
-    assert f"accuracy {data.accuracy(p, test.y_true)}" in said
+    y = (F.normalize(f, dim=1) @ beside["t"].T).argmax(dim=1)                   # (50,)
+    assert f"accuracy {data.accuracy(y, test.y_true)}" in said
     assert run(tmp_path / "b", "--epochs2", 0, "--max-steps", 1, "--export", file) == 2
     assert "--export: without phase 2" in capsys.readouterr().err
     torch.save(golden_weights(VIT), tmp_path / "vit.pt")    # heads as OpenAI's: a plain state dict
@@ -2308,7 +2313,7 @@ def test_report(drawn, tmp_path):
     run_ = SimpleNamespace(lines=lines, out=tmp_path)
     p = F.one_hot(test.y_true, 10) * (0.9 - torch.rand(50, 1)) + 0.01 * torch.rand(50, 10)
     y = p.argmax(dim=1)                                                         # (50,)
-    data.write_report(run_, test, names, p)
+    data.write_report(run_, test, names, p, all_classes(p))
     page = (tmp_path / "report.html").read_text()
     assert "http" not in page and "<script" not in page and "<b>&" not in page  # one file, escaped
     assert page.count("<figure") == page.count("data:image/png;base64") == 50
@@ -2322,7 +2327,7 @@ def test_report(drawn, tmp_path):
     least = int((p.topk(2).values @ torch.tensor([1.0, -1.0])).argmin())
     assert page.index(f'title="&quot;{least}&gt;.png"') == page.index('title="')
     test.y_true, run_.lines = None, [lines[0], {"accuracy": None, "zero_shot": None}]
-    data.write_report(run_, test, names, p)             # no labels, no epochs: --load on photos
+    data.write_report(run_, test, names, p, all_classes(p))  # no labels, no epochs
     page = (tmp_path / "report.html").read_text()
     assert not re.search("<table|<svg|None", page) and page.count("<figure") == 50
 

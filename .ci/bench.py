@@ -354,14 +354,13 @@ def one_round(N, C, top, plus, threads, device, queue):
     mark = time.time()
     table = predict([MadeUp(C), MadeUp(C)], Batches(N), True, table, (0.5, 1.0))
     lap("posteriors")
-    f = torch.zeros(2, N, 512, dtype=torch.half, device=device) if plus else None
-    for part in f.flatten(end_dim=1).split(8192) if plus else ():
-        part.copy_(F.normalize(torch.randn(part.shape, device=device), dim=1))
-    mark = time.time()
-    if plus:
-        coft_plus.by_density(table, table.p, f, C, True)
+    for q, index in zip(table.p, table.index) if plus else ():      # one student's at a time
+        f = torch.zeros(N, 512, dtype=torch.half, device=device)
+        for part in f.split(8192):
+            part.copy_(F.normalize(torch.randn(part.shape, device=device), dim=1))
+        coft_plus.by_density(q, index, q, f, C, True)
+        del f
     lap("densities")
-    del f
     p = coft.guess(job, table)
     lap("balance")
     coft.pseudo_labels(p[0], table.index[0], C, 16)
@@ -374,11 +373,10 @@ def one_round(N, C, top, plus, threads, device, queue):
         torch.save({"table": tuple(table), "lesson": lesson}, f"{folder}/last.pt")
         lap("last.pt")
         size = Path(folder, "last.pt").stat().st_size / 2**30
-        for i in torch.arange(N).split(20_000):         # of dense rows, as of a test set
-            dense = [torch.zeros(len(i), C).scatter(1, table.index[0, i].long(), v[0, i])
-                     for v in (table.p, table.p_clean)]                             # (n, C) each
-            data.write_predictions(f"{folder}/predictions.csv", [f"{n}.jpg" for n in i.tolist()],
-                                   names, *dense)
+        p, p_clean, index = (v[0] for v in table)                           # (N, H) each
+        k = coft.labels_of(p, index)
+        data.write_predictions(f"{folder}/predictions.csv", [f"{i}.jpg" for i in range(N)], names,
+                               k, coft.at(p, index, k), coft.at(p_clean, index, k))
         lap("predictions.csv")
     peaks = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, (
         torch.cuda.max_memory_allocated() / 2**30)

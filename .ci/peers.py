@@ -214,7 +214,7 @@ def fit(job, groups, epochs, batches, step, classify):
                             | {"skipped": int(job.scaler.get_scale() < scale)})
         job.epoch += 1
         run.report(epoch=job.epoch, **run.means("the rates"), accuracy=data.accuracy(
-            posteriors(job, classify, 0), job.dataset.test.y_true))
+            posteriors(job, classify, 0).argmax(dim=1), job.dataset.test.y_true))
     job.classify = classify
 
 
@@ -300,7 +300,7 @@ def lafter(job):
     tokens, group = new_tokens(job)
     p = posteriors(job, lambda x: features(job, x) @ teacher.T, 0)          # (N, C)
     job.run.say(f"classifier of {len(t)} texts: accuracy "
-                f"{data.accuracy(p, job.dataset.test.y_true)}")
+                f"{data.accuracy(p.argmax(dim=1), job.dataset.test.y_true)}")
 
     def step(weak, strong, i):
         with torch.no_grad():
@@ -400,8 +400,8 @@ def adapt(args):
         return (job.tau * f.to(job.device) @ job.t0.T).softmax(dim=1).cpu()     # (N, C)
 
     def accuracies():
-        return [data.accuracy(posteriors(job, job.classify, crops), job.dataset.test.y_true)
-                for crops in (0, 1)]
+        return [data.accuracy(posteriors(job, job.classify, crops).argmax(dim=1),
+                              job.dataset.test.y_true) for crops in (0, 1)]
     job.p0, job.classify = posterior(job.f_train), (
         lambda x: job.tau * features(job, x) @ job.t0.T)
     zero, zero_five = accuracies()
