@@ -952,7 +952,8 @@ class Run:
         """Gives each of {name: module, optimizer, ...} its state; the rest of last.pt."""
         state, self.state = self.state, None
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            if state[name]:                             # a GradScaler that was off has none
+                part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
         return state
 

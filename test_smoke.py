@@ -2514,6 +2514,8 @@ def test_mixed_precision(little, tmp_path, monkeypatch):
     state = torch.load(tmp_path / "fp16" / "last.pt", weights_only=True)
     assert state["scaler"]["scale"] == 2.0**(18 - skipped["fp16"])
     assert int(state["optimizer"]["state"][0]["step"]) == 4 - skipped["fp16"]
+    off = SimpleNamespace(state={"scaler": {}, "rng": state["rng"]})    # begun without fp16
+    assert data.Run.restore(off, {"scaler": torch.amp.GradScaler("cpu")})["scaler"] == {}
 
 
 def test_compile(little, tmp_path, monkeypatch):
