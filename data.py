@@ -31,6 +31,7 @@ import signal
 import sys
 import tempfile
 import time
+import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -51,11 +52,13 @@ from torchvision import transforms as T
 
 import clip
 from clip import shapes
-from clip.clip import MEAN, STD
+from clip.clip import MEAN, STD, to_rgb
 
 ENSEMBLE = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
             "a {} in a video game.", "art of the {}.", "a photo of the small {}.")  # CLIP's best 7
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif",
+              ".jfif")
+SPLITS = ("train", "test", "val", "valid", "validation")
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")      # no EPS: Pillow would run it
 MOST_OPENED = 200_000           # with more images than that, none is opened before it is needed
 WORDNET_ID = re.compile(r"n\d{8}")
@@ -246,6 +249,7 @@ def cache_pixels(dataset, transforms, gb):
     plain, *_, augmented = (t.prepare for t in transforms)
     wanted = {(dataset.train, augmented), (dataset.train, plain), (dataset.test, plain)}
     need = sum(4.5 * prepare.size ** 2 * len(images) for images, prepare in wanted) / 2**30
+    need *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # soon each process has most of them
     if need > gb:
         return f"images are decoded anew each time: to keep them takes --cache {math.ceil(need)}"
     for images, prepare in wanted:
@@ -302,7 +306,8 @@ class DeviceLoader(DataLoader):
 
     def __iter__(self):
         for *views, index in super().__iter__():
-            yield (*(normalize(x.to(self.device, non_blocking=True)) for x in views), index)
+            yield (*(normalize(x.to(self.device, non_blocking=self.device.type == "cuda"))
+                     for x in views), index)            # from pinned memory only
 
 
 def worker_init(_):
@@ -451,8 +456,7 @@ def hash_split(names, images):
 def read_folders(root, known, classes, split):
     """Folders per class, with or without train/ and test|val/; or images without labels."""
     base = "" if known.kind and known.parts or not (root / known.images).is_dir() else known.images
-    parts = [f"{base}/{d}".lstrip("/") for d in ("train", "test", "val", "validation")
-             if (root / base / d).is_dir()]
+    parts = [f"{base}/{d}".lstrip("/") for d in SPLITS if (root / base / d).is_dir()]
     if len(parts) > 1 and parts[0].endswith("train"):
         seen, train = class_folders(root, parts[0], known)
         tests = {d: class_folders(root, d, known) for d in parts[1:]}
@@ -466,6 +470,8 @@ def read_folders(root, known, classes, split):
             test.y_true = torch.tensor([names.index(c) for c in tested])[test.y_true]
         return f"{parts[0]}/{'' if seen else ', no labels'} + {parts[1]}/", names, train, test
     names, images = class_folders(root, base, known)
+    if len(names) > 1 and {c.casefold() for c in names} <= {*SPLITS, "training", "testing"}:
+        raise DataError(f"{root}: the folders {', '.join(names)} are no classes. {EXPECTED}")
     mine = {plain_name(c) for c in classes or names} & {plain_name(c) for c in names}
     if len(names) > 1 and (mine or WORDNET_ID.fullmatch(names[0])):     # not 2023/, 2024/
         return hash_split(names, images) if split else ("class folders", names, images, images)
@@ -506,10 +512,12 @@ def wordnet_names(folders, root, classes):
 
 
 def list_images(root, base=""):
-    """Paths, relative to root, of the images in root/base and below, sorted."""
+    """Paths, relative to root, of the images in root/base and below, sorted; not a run's own."""
     files, todo = [], [base]
     while todo:
         inside = todo.pop()
+        if os.path.exists(os.path.join(root, inside, "args.json")):     # a run folder
+            continue
         for e in os.scandir(os.path.join(root, inside)):
             path = f"{inside}/{e.name}" if inside else e.name
             if e.name.lower().endswith(EXTENSIONS) and not e.name.startswith("."):
@@ -520,8 +528,9 @@ def list_images(root, base=""):
 
 
 def plain_name(name):
-    """A class name for comparing: any case; underscores and punctuation as spaces."""
-    return " ".join(re.findall(r"[^\W_]+", name.casefold()))
+    """A class name for comparing: any case; underscores and punctuation as spaces; accents as one
+    character with their letter, which macOS writes as two."""
+    return " ".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFC", name.casefold())))
 
 
 def reason(e):
@@ -598,11 +607,11 @@ def load(path, classes=None, template=None, adapted=None):
 def locate(root):
     """The folder of --data; a data set that is not there is downloaded by torchvision beside it."""
     known = by_name(root.name)
-    if root.is_dir():
-        return root
+    home = root.parent / (known.folders[-1] or root.name)
+    if root.is_dir():                                   # where ./mnist is ./MNIST: the latter
+        return home if home.is_dir() and home.samefile(root) else root
     if not (known.kind and root.parent.is_dir()):
         raise DataError(f"{root}: no such folder. {EXPECTED}")
-    home = root.parent / known.folders[-1]
     if not home.is_dir():
         print(f"downloading {known.kind} with torchvision into {home}", flush=True)
         with tempfile.TemporaryDirectory(dir=root.parent) as folder:    # until it is complete
@@ -654,7 +663,9 @@ def check_classes(names):
 def by_name_of(names, wanted, parts):
     """The classes of --classes or of a model, which the labels of the images then count in.
     DataError if the images have others."""
-    plain, asked = ([plain_name(c) or c for c in some] for some in (names, wanted))
+    alike = len(set(map(plain_name, wanted))) < len(wanted)     # such as `grade A`, `grade A+`
+    key = str.casefold if alike else plain_name
+    plain, asked = ([key(c) or c for c in some] for some in (names, wanted))
     if plain != asked:                                  # else as they are: two `missile`
         index = {c: k for k, c in enumerate(asked)}
         if others := [name for name, c in zip(names, plain) if c not in index]:
@@ -687,7 +698,8 @@ def add_common(parser, script, batch_size, what="images per step, of all process
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
         help="mixed precision (%(default)s: bf16 or fp16 on CUDA, off elsewhere)")
     add("--batch-size", type=int, default=batch_size, help=f"{what} (%(default)s)")
-    add("--workers", type=int, help="loader processes; default: up to 4, 0 for images in memory")
+    add("--workers", type=int, help="loader processes; default: up to 4, 0 for images in "
+        "memory and where they cannot share the pixels (macOS, Windows)")
     add("--cache", type=float, default=4, metavar="GB", help="memory for pixels (%(default)s)")
     add("--flip", help="mirror half of the augmented images; default: if that moves their "
         "zero-shot posteriors less than cropping does", **switch)
@@ -741,6 +753,7 @@ def setup(args, settings={}):
     if workers is None:
         cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # of each process
         workers = min(8, cores) // 2 if dataset.train.pictures is None else 0
+        workers *= sys.platform == "linux"              # elsewhere they could not share the cache
     if amp == "auto" and device.type == "cuda":         # older GPUs have no bf16
         amp = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     load_view = partial(DeviceLoader, batch_size=args.batch_size, device=device, workers=workers)
@@ -889,6 +902,8 @@ def distributed(module, compiled=False):
 def command_line(adapt, args):
     """Runs a script. Returns 0, 2 for a user's mistake, 130 if stopped by Ctrl-C or SIGTERM."""
     status, n = 2, int(os.environ.get("WORLD_SIZE", 1))
+    if hasattr(sys.stdout, "reconfigure"):              # a notebook's has none
+        sys.stdout.reconfigure(errors="backslashreplace")       # any path, on any terminal
     try:
         for flag, value in vars(args).items():
             least = flag in ("batch_size", "rounds", "passes", "max_steps")     # 1; else 0
@@ -1014,8 +1029,8 @@ def peak_memory_gb():
     if torch.cuda.is_initialized():
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)
     if os.path.exists("/proc/self/status"):
-        kib = re.search(r"VmHWM:\s+(\d+)", read_text("/proc/self/status"))[1]
-        return round(int(kib) / 2**20, 3)
+        if kib := re.search(r"VmHWM:\s+(\d+)", read_text("/proc/self/status")):
+            return round(int(kib[1]) / 2**20, 3)
 
 
 @contextmanager
@@ -1155,11 +1170,11 @@ def load_clip(saved, weights, device):
     if clip.fingerprint(found[0]) != saved["sha256"]:
         raise DataError(f"the model was adapted from another CLIP: {saved['clip']}, SHA-256 of its "
                         f"weights {saved['sha256']}; give it with --weights")
-    return found
+    return found[0], T.Compose([to_rgb, found[1]])      # as `decode` does
 
 
 if __name__ == "__main__":
     try:
-        print(load(*sys.argv[1:]).description)          # PATH [CLASSES]
+        print(load(*sys.argv[1:] or ["demo"]).description)      # PATH [CLASSES]
     except (DataError, OSError) as e:
         sys.exit(f"error: {e}")

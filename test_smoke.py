@@ -747,6 +747,15 @@ def test_folders(tmp_path):
     assert d.class_names == ["dog", "emu", "cat", "bear"]
     assert [d.class_names[k] for k in d.test.y_true] == [n.split("/")[0] for n in d.test.names]
     assert "neither --classes nor a model has: cat, dog" in refuses(own, "bear,emu")
+    class_folders(alike := tmp_path / "alike", 1, ("A+", "A", "caf\u00e9"))
+    d = data.load(alike, "caf\u00e9,A+,A")              # names that differ in a sign alone
+    assert [d.class_names[k] for k in d.test.y_true] == [n.split("/")[0] for n in d.test.names]
+    class_folders(accent := tmp_path / "accent", 1, ("cafe\u0301", "cat"))     # as macOS writes it
+    assert data.load(accent, "cat,caf\u00e9").test.y_true.tolist() == [1, 0]
+    class_folders(parts := tmp_path / "parts", 1, ("testing/1", "train/cat", "valid/cat"))
+    assert data.load(parts).test.names == ["valid/cat/000.png"]
+    (parts / "train").rename(parts / "Train")
+    assert re.search("Train, testing, valid are no classes. Expected", refuses(parts))
     (tmp_path / "train").mkdir()
     assert re.search("no images .*Expected one of\n.*, oxford_pets, ", refuses(tmp_path), re.S)
     picture(tmp_path / "train" / "1.jpg")               # unlabelled
@@ -761,8 +770,9 @@ def test_folders(tmp_path):
 
 
 def test_flat_folder(tmp_path):
-    root, names = tmp_path / "photos", ["2023/01/a.jpg", "2024/c.jpg", "IMG 0.jpg", "x.jpg"]
-    draw(root, names)                                   # 2023/ and 2024/ are no classes
+    root, names = tmp_path / "photos", ["2023/01/a.jpg", "2024/c.jfif", "IMG 0.jpg", "x.jpg"]
+    draw(root, [*names, "runs/1/pseudo_labels.png"])    # 2023/ and 2024/ are no classes
+    written(root / "runs" / "1" / "args.json", "")      # and a run's own pictures no data
     written(file := tmp_path / "c.txt", "\ufefflong_haired cat\r\n\r\nhot dog\r\n")
     for classes, want in ((str(file), ["long haired cat", "hot dog"]), (" a, b,", ["a", "b"])):
         d = data.load(root, classes)

@@ -130,7 +130,7 @@ def zeroshot_classifier(model, texts):
     return F.normalize(torch.stack([row.mean(dim=0) for row in rows]), dim=-1)
 
 
-def _to_rgb(image):
+def to_rgb(image):
     return image.convert("RGB")
 
 
@@ -139,7 +139,7 @@ def _transform(n_px):
     return transforms.Compose([
         transforms.Resize(n_px, interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.CenterCrop(n_px),
-        _to_rgb,
+        to_rgb,
         transforms.ToTensor(),
         transforms.Normalize(MEAN, STD),
     ])
