@@ -105,8 +105,8 @@ def labels_of(p, index):
 
 def pseudo_labels(p0, index, C, K):
     """Eq. (1), S*: y = argmax_k p0_k; confident: per class the K images with the largest p0_y. A
-    class that is nobody's argmax takes the largest of its column, at most K and N / C of them. p0,
-    index (N, H) -> y (N,), confident (N,) bool."""
+    class that is nobody's argmax takes the largest of its column, at most K and N / C of them, from
+    whichever class. p0, index (N, H) -> y (N,), confident (N,) bool."""
     y = labels_of(p0, index)
     for k in set(range(C)) - set(y.tolist()):
         best = at(p0, index, torch.tensor([k])).topk(min(K, math.ceil(len(y) / C)))
@@ -276,6 +276,7 @@ class FullModel(nn.Module):
 
 
 # ======== training ========
+# job: what a run works with, see data.setup and adapt
 
 def guess(job, table):
     """The posteriors that labels are taken from: p (2, N, H) as it is; (A2) balanced."""
@@ -364,13 +365,13 @@ def part_way(job, models, steps):
     return share
 
 
-def train_phase(job, number, students, view, lesson, table):
-    """The epochs of a phase, on augmented views. lesson: y and clean, (2, N) each, that are being
-    taught; in phase 1 y and S*, else None, see select_clean. table: of plain or (A1) weak views.
-    Returns the table and the models after it."""
+def train_phase(job, number, students, weak, lesson, table):
+    """The epochs of a phase, on views made by the transform weak. lesson: y and clean, (2, N) each,
+    that are being taught; in phase 1 y and S*, else None, see select_clean. table: of plain or (A1)
+    weak views. Returns the table and the models after it."""
     args, run, images = job.args, job.run, job.dataset.train
     first = run.state["epoch"] if run.state else 0      # --resume
-    loaders = [job.load(images.view(view), shuffle=True, drop_last=True, epoch=first,
+    loaders = [job.load(images.view(weak), shuffle=True, drop_last=True, epoch=first,
                         seed=4 * args.seed + 2 * number + m) for m in range(2)]
     epochs = (args.epochs1, args.epochs2, 2 * args.epochs2)[number - 1]
     steps = min(epochs * len(loaders[0]), args.max_steps or math.inf)
@@ -383,7 +384,7 @@ def train_phase(job, number, students, view, lesson, table):
         phase.step, lesson, table = state["step"], state["lesson"], Table(*state["table"])
     judge = number == 1                                 # in phase 2 its p_clean stands
     looks = job.train if "views" not in job.added else job.load(                # (A1)
-        images.view(view), epoch=first, seed=4 * args.seed + number)
+        images.view(weak), epoch=first, seed=4 * args.seed + number)
     for epoch in range(first, epochs):
         if lesson is None or number == 2 and "fresh" in job.added:              # (A3)
             lesson = select_clean(number, guess(job, table), table)
@@ -410,8 +411,8 @@ def train_phase(job, number, students, view, lesson, table):
         run.checkpoint(parts, phase=number, epoch=epoch + 1, step=phase.step, table=tuple(table),
                        lesson=lesson)
     if number > 1:
-        share = part_way(job, phase.students, phase.step) if "part" in job.added else 1.0   # (A5)
-        job.crops = share * ("crops" in job.added)      # (A6) as far as they have left CLIP
+        far = part_way(job, phase.students, phase.step) if "part" in job.added else 1.0     # (A5)
+        job.crops = far * ("crops" in job.added)        # (A6) as far as they have left CLIP
     return table, phase.students
 
 
@@ -437,9 +438,10 @@ def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=
     judge); mean: one table, of their means; crops: the share of over_views. before: the last table,
     which moves towards the new one by `share` of (p, p_clean)."""
     judges = [getattr(me, "judge", me) for me in models]                        # phase 1: itself
-    with job.autocast():
-        texts = [one.texts(job.clip_model) for one in judges]                   # (C, D) each
-    M, C = 1 if mean else len(models), len(texts[0][0])
+    with job.autocast():                                                        # (C, D) each
+        texts = [its.texts(job.clip_model) if judge or me is its else None
+                 for me, its in zip(models, judges)]
+    M, C = 1 if mean else len(models), len(job.dataset.class_names)
     p, p_clean = torch.zeros(2, M, loader.N, min(C, top))                       # (M, N, H) each
     index = torch.zeros(p.shape, dtype=torch.int32)
     for x, i in loader:                                                         # (B, 3, R, R), (B,)
@@ -583,8 +585,8 @@ def adapt(args):
 
     # CLIP's own guesses, and the confident ones among them
     prompts = [[template.format(c) for template in dataset.templates] for c in names]
-    starts = [clip.zeroshot_classifier(one, prompts) for one in (clip_model, other)]    # (C, D)
-    t0 = starts[0]
+    starts = {one: clip.zeroshot_classifier(one, prompts) for one in {clip_model, other}}
+    t0 = starts[clip_model]                                                     # (C, D)
     zero = test_accuracy(job, [ZeroShot(t0)])
     data.report_zero_shot(job, zero)
     weak, _ = data.augmented_views(job, lambda view: predict(
@@ -604,7 +606,8 @@ def adapt(args):
                              for _ in range(2)).to(job.device)
     phases = (1, 2, 3) if args.student and "third" in added else (1, 2)         # (A7)
     for number in phases:
-        job.full, job.t0 = (other, starts[1]) if number == phases[-1] else (clip_model, starts[0])
+        job.full = other if number == phases[-1] else clip_model
+        job.t0 = starts[job.full]
         done = run.state and run.state["phase"] > number
         if done or number > 1 and not args.epochs2:
             continue

@@ -57,8 +57,8 @@ ADDITIONS = {
     "crops":   "A6 the models of phase 2 predict the mean over five crops, as A5 lets: with_crops",
     "third":   "A7 --student learns in a phase 3, from what the models of phase 2 predict: adapt",
     "mix":     "A8 the template is one sentence more, and the FC layer starts there too: adapt",
-    "gauss":   "A9 later in phase 2 labels also ask where the features crowd, and are clean too if "
-               "both students give them: by_density, train_phase",
+    "gauss":   "A9 later in phase 2 labels (with A3) also ask where the features crowd, and count as "
+               "clean too if both students give them: by_density, train_phase",
 }
 VIEWS = 8           # (A1) of each image, for the first labels
 WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise were chosen
@@ -101,8 +101,8 @@ def labels_of(p, index):
 
 def pseudo_labels(p0, index, C, K):
     """Eq. (1), S*: y = argmax_k p0_k; confident: per class the K images with the largest p0_y. A
-    class that is nobody's argmax takes the largest of its column, at most K and N / C of them. p0,
-    index (N, H) -> y (N,), confident (N,) bool."""
+    class that is nobody's argmax takes the largest of its column, at most K and N / C of them, from
+    whichever class. p0, index (N, H) -> y (N,), confident (N,) bool."""
     y = labels_of(p0, index)
     for k in set(range(C)) - set(y.tolist()):
         best = at(p0, index, torch.tensor([k])).topk(min(K, math.ceil(len(y) / C)))
@@ -298,6 +298,7 @@ class FullModel(nn.Module):
 
 
 # ======== training ========
+# job: what a run works with, see data.setup and adapt
 
 def guess(job, table):
     """The posteriors that labels are taken from: p (2, N, H) as it is; (A2) balanced."""
@@ -406,13 +407,13 @@ def part_way(job, models, steps):
     return share
 
 
-def train_phase(job, number, round, students, view, lesson, table):
-    """The epochs of a phase, on augmented views. lesson: y and clean, (2, N) each, that are being
-    taught; in phase 1 y and S*, else None, see select_clean. table: of plain or (A1) weak views.
-    Returns the table and the models after it."""
+def train_phase(job, number, round, students, weak, lesson, table):
+    """The epochs of a phase, on views made by the transform weak. lesson: y and clean, (2, N) each,
+    that are being taught; in phase 1 y and S*, else None, see select_clean. table: of plain or (A1)
+    weak views. Returns the table and the models after it."""
     args, run, images, C = job.args, job.run, job.dataset.train, len(job.dataset.class_names)
     first = run.state["epoch"] if run.state else 0      # --resume
-    views = [view, view] if number == 2 and args.gamma else [view]      # Eq. 8 compares two
+    views = [weak, weak] if number == 2 and args.gamma else [weak]      # Eq. 8 compares two
     loaders = [job.load(images.view(*views), shuffle=True, drop_last=True, epoch=first,
                         seed=4 * args.seed + 2 * number + m + 1000 * round) for m in range(2)]
     epochs = (args.epochs1, args.epochs2, 2 * args.epochs2)[number - 1]
@@ -426,9 +427,9 @@ def train_phase(job, number, round, students, view, lesson, table):
         phase.step, lesson, table = state["step"], state["lesson"], Table(*state["table"])
         job.added = set(state["added"])
     judge = number == 1                                 # in phase 2 its p_clean stands
-    crowds = number == 2 and "gauss" in job.added       # (A9) from a third of phase 2 on
+    crowds = number == 2 and {"gauss", "fresh"} <= job.added    # (A9) from a third of phase 2 on
     looks = job.train if "views" not in job.added else job.load(                # (A1)
-        images.view(view), epoch=first, seed=4 * args.seed + number + 1000 * round)
+        images.view(weak), epoch=first, seed=4 * args.seed + number + 1000 * round)
     for epoch in range(first, epochs):
         if lesson is None or number == 2 and "fresh" in job.added:              # (A3)
             lesson = select_clean(number, guess(job, table), table)
@@ -451,8 +452,9 @@ def train_phase(job, number, round, students, view, lesson, table):
         if "views" in job.added:                        # (A1) means of this phase; of p also with
             share = 1 / (epoch + 2), judge / (epoch + 1)            # the one that it started from
         if crowds and 3 * (epoch + 1) >= epochs:        # (A9)
-            q, even = zip(*(by_density(q, index, *look(job, me, index), C, "balance" in job.added)
-                            for me, q, index in zip(phase.students, table.p, table.index)))
+            q, even = zip(*(
+                by_density(q, index, *features(job, me, index), C, "balance" in job.added)
+                for me, q, index in zip(phase.students, table.p, table.index)))
             table = table._replace(p=table.p.lerp(torch.stack(q), share[0]))
             if "balance" in job.added and not all(even):
                 job.added = job.added - {"balance"}
@@ -465,8 +467,8 @@ def train_phase(job, number, round, students, view, lesson, table):
         run.checkpoint(parts, phase=number, round=round, epoch=epoch + 1, step=phase.step,
                        table=tuple(table), lesson=lesson, added=sorted(job.added))
     if number > 1:
-        share = part_way(job, phase.students, phase.step) if "part" in job.added else 1.0   # (A5)
-        job.crops = share * ("crops" in job.added)      # (A6) as far as they have left CLIP
+        far = part_way(job, phase.students, phase.step) if "part" in job.added else 1.0     # (A5)
+        job.crops = far * ("crops" in job.added)        # (A6) as far as they have left CLIP
     return table, phase.students
 
 
@@ -486,7 +488,7 @@ def gaussians(f, q, index, C):
     size = size.clamp(min=1e-6)
     mean = mean / size
     cov = cov / N - (mean * size / N).T @ mean
-    ball = cov.diagonal().mean().clamp(min=1e-6) * torch.eye(D, device=device)
+    ball = cov.diagonal().mean().clamp(min=1e-5 * (N + D) / D) * torch.eye(D, device=device)
     root = torch.linalg.cholesky(cov.lerp(ball, D / (N + D)))   # the fewer images, the rounder
     mean = torch.linalg.solve_triangular(root, mean.T, upper=False)             # (D, C)
 
@@ -501,9 +503,9 @@ def gaussians(f, q, index, C):
 
 
 def by_density(q, index, p, f, C, even):
-    """A student's labels by its posterior p times the density of the features f (see `look`). Three
-    steps of EM from the table's q fit the Gaussians, to every n-th image of a large folder. If
-    even, the classes are held to the same size (A2), unless that costs more than 1 nat of
+    """A student's labels by its posterior p times the density of the features f (see `features`).
+    Three steps of EM from the table's q fit the Gaussians, to every n-th image of a large folder.
+    If even, the classes are held to the same size (A2), unless that costs more than 1 nat of
     likelihood an image: then the folder is not balanced. q, index, p (N, H), f (N, D). Returns q
     (N, H), and whether even holds."""
     n = max(1, len(f) // FIT)
@@ -530,7 +532,7 @@ def by_density(q, index, p, f, C, even):
 
 
 @torch.no_grad()
-def look(job, model, index):
+def features(job, model, index):
     """What a model of phase 2 says of the training images: the softmax of the classes index (N, H),
     and features (N, D), means over five crops of both. The features are all held at once, on the
     GPU if it is CUDA's: 1.3 GB for 1.28 million images and D = 512."""
@@ -539,9 +541,9 @@ def look(job, model, index):
         device=job.device if job.device.type == "cuda" else "cpu")
     for x, i in job.train:                                                      # (B, 3, R, R), (B,)
         with job.autocast():
-            v, l_pos, _ = model(job.clip_model, with_crops(x, 1.0))             # (6 B, D), (6 B, C)
-        views = l_pos.softmax(dim=1), F.normalize(v, dim=1)
-        now, v = (over_views(v, len(i), 1.0) for v in views)                    # (B, C), (B, D)
+            v, l_pos, _ = model(job.clip_model, with_crops(x, 1.0)[len(i):])    # (5 B, D), (5 B, C)
+        now, v = (u.unflatten(0, (5, -1)).mean(dim=0)                           # (B, C), (B, D)
+                  for u in (l_pos.softmax(dim=1), F.normalize(v, dim=1)))
         p[i], f[i] = now.cpu().gather(1, index[i].long()), v.to(f)
     return data.all_reduce_sum(p), data.all_reduce_sum(f)
 
@@ -568,9 +570,10 @@ def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=
     judge); mean: one table, of their means; crops: the share of over_views. before: the last table,
     which moves towards the new one by `share` of (p, p_clean)."""
     judges = [getattr(me, "judge", me) for me in models]                        # phase 1: itself
-    with job.autocast():
-        texts = [one.texts(job.clip_model) for one in judges]                   # (C, D) each
-    M, C = 1 if mean else len(models), len(texts[0][0])
+    with job.autocast():                                                        # (C, D) each
+        texts = [its.texts(job.clip_model) if judge or me is its else None
+                 for me, its in zip(models, judges)]
+    M, C = 1 if mean else len(models), len(job.dataset.class_names)
     p, p_clean = torch.zeros(2, M, loader.N, min(C, top))                       # (M, N, H) each
     index = torch.zeros(p.shape, dtype=torch.int32)
     for x, i in loader:                                                         # (B, 3, R, R), (B,)
@@ -718,7 +721,7 @@ def adapt(args):
     job.added = added
     run, dataset, clip_model, names = job.run, job.dataset, job.clip_model, job.dataset.class_names
     # job has args, run, device, dataset, clip_model, load (batches of a view); here it also gets
-    # added, autocast, scaler, crops (A6), full, t0 (phase 2 starts from them), known (--shots)
+    # added, autocast, scaler, crops (A6), full, t0 (phase 2 starts from them), known (--shots), K
     # mixed precision: weights stay fp32; fp16's small gradients need their loss scaled
     job.autocast = partial(torch.autocast, job.device.type, job.amp_dtype,
                            enabled=job.amp_dtype is not None)
@@ -741,8 +744,8 @@ def adapt(args):
     prompts = [[template.format(c) for template in dataset.templates] for c in names]
     texts = [a + b if "mix" in added else b or a for a, b in zip(prompts, written)]     # (A8)
     t0 = clip.zeroshot_classifier(clip_model, texts)                            # (C, D)
-    starts = [clip.zeroshot_classifier(one, texts if "mix" in added else prompts)
-              for one in (clip_model, other)]                                   # (C, D) each
+    starts = {one: clip.zeroshot_classifier(one, texts if "mix" in added else prompts)
+              for one in {clip_model, other}}                                   # (C, D) each
     zero = test_accuracy(job, [ZeroShot(t0)])
     data.report_zero_shot(job, zero)
     weak, _ = data.augmented_views(job, lambda view: predict(
@@ -761,8 +764,8 @@ def adapt(args):
     if args.student and "third" in added:                                       # (A7)
         phases.append((3, 0))
     for number, round in phases:
-        end = number == phases[-1][0]
-        job.full, job.t0 = (other, starts[1]) if end else (clip_model, starts[0])
+        job.full = other if number == phases[-1][0] else clip_model
+        job.t0 = starts[job.full]
         if number == 1:                                 # section 3.3.1: each round starts anew
             students = nn.ModuleList(Student(clip_model, names, dataset.templates[0], args)
                                      for _ in range(2)).to(job.device)

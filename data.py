@@ -1148,7 +1148,7 @@ def export_clip(job, t):
     unit vector t_k (C, D) per class, for CLIP's own tau f.t_k."""
     path = os.path.abspath(job.args.export)             # not in the run folder
     job.run.save(path, clip.checkpoint_of(job.full))
-    job.run.save(f"{path}.classes", {"class_names": job.dataset.class_names, "t": t})
+    job.run.save(f"{path}.classes", {"class_names": job.dataset.class_names, "t": t.cpu()})
 
 
 def read_model(path, script):

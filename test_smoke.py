@@ -1064,7 +1064,8 @@ def test_five_crops():                                  # (A6)
         N = 3
     loader, zero = Loader([(x[:2], torch.tensor([0, 1])), (x[2:], torch.tensor([2]))]), (
         coft.ZeroShot(unit(10, 64)))
-    job = SimpleNamespace(autocast=nullcontext, clip_model=model)
+    job = SimpleNamespace(autocast=nullcontext, clip_model=model,
+                          dataset=SimpleNamespace(class_names=shapes.SHAPES))
     p = [zero(model, view)[1].softmax(dim=1) for view in (x, *crops)]           # (3, 10) each
     for share in (0, 0.25, 1):
         table = coft.predict(job, [zero], loader, False, crops=share)

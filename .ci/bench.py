@@ -343,8 +343,9 @@ def one_round(N, C, top, plus, threads, device, queue):
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     coft.TOP, names, seconds, mark = top, [f"class {k}" for k in range(C)], {}, time.time()
-    predict = partial(coft.predict, SimpleNamespace(autocast=nullcontext, clip_model=None), top=top)
-    job = SimpleNamespace(added={"balance"}, dataset=SimpleNamespace(class_names=names))
+    job = SimpleNamespace(autocast=nullcontext, clip_model=None, added={"balance"},
+                          dataset=SimpleNamespace(class_names=names))
+    predict = partial(coft.predict, job, top=top)
 
     def lap(what):
         nonlocal mark
