@@ -17,7 +17,7 @@ and a whole image encoder learns from the rest. `--recipe paper` is this, as pub
     phase 3, with --student: that CLIP's encoder learns from the predictions            (A7)
     prediction = mean of the two students' softmax                                      our choice
 
-`--recipe ours`, the default, adds the seven entries of the table ADDITIONS, marked (A1) ... Most is
+`--recipe ours`, the default, adds the entries of the table ADDITIONS, marked (A1) ... Most is
 won by three: labels are means over many random views of an image, balanced over classes; what is
 predicted is a mean over five crops, the less the fewer the steps.
 
@@ -63,9 +63,10 @@ ADDITIONS = {
     "balance": "A2 labels from posteriors balanced over the classes: guess",
     "fresh":   "A3 labels, and so verdicts, anew each epoch of phase 2: train_phase",
     "adam":    "A4 AdamW, rates relative to the size of words, not SGD: param_groups",
-    "part":    "A5 after few steps or images the encoders go but part of the way: part_way",
+    "part":    "A5 after few steps the encoders go but part of the way: part_way",
     "crops":   "A6 the models of phase 2 predict the mean over five crops, as A5 lets: with_crops",
     "third":   "A7 --student learns in a phase 3, from what the models of phase 2 predict: adapt",
+    "start":   "A10 the FC layer starts at CLIP's posterior, not only at its classes: clip_scale",
 }
 VIEWS = 8           # (A1) of each image, for the first labels
 WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise were chosen
@@ -253,8 +254,8 @@ class Student(nn.Module):
 
 class FullModel(nn.Module):
     """Section 3.2.2, Eq. (7): one of the two models of phase 2, a fresh image encoder and an FC
-    layer W v + b on its features v, as they are. W starts at the zero-shot texts t0 (C, D), b at 0.
-    The student of phase 1, frozen, goes on judging."""
+    layer W v + b on its features v, as they are. W starts at the zero-shot texts t0 (C, D), (A10)
+    times clip_scale, b at 0. The student of phase 1, frozen, goes on judging."""
     def __init__(self, clip_model, t0, student):
         super().__init__()
         self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
@@ -352,12 +353,20 @@ def train_step(job, phase, batches, y, clean):
 
 
 @torch.no_grad()
+def clip_scale(job):
+    """(A10) tau / |v|, a mean over images: so many times t0, W makes softmax(W v) CLIP's posterior.
+    From a softer one phase 2 first turns the whole encoder towards all labels, wrong ones too."""
+    x, _ = next(iter(job.train))                                                # (B, 3, R, R)
+    length = job.full.encode_image(x).float().norm(dim=1).mean()
+    return job.full.logit_scale.exp() * data.world_size() / data.all_reduce_sum(length)
+
+
+@torch.no_grad()
 def part_way(job, models, steps):
     """(A5) Moves the models of phase 2 back towards their start, weight by weight (WiSE-FT, arXiv
-    2109.01903): in few steps, or from few images a class, wrong labels are learnt by heart. Returns
-    how far they stay from it, 1: all the way."""
-    n = len(job.dataset.train) / len(job.dataset.class_names)
-    share = min(1.0, steps / WHOLE) * min(1.0, max(0.0, n - 4) / 8)
+    2109.01903): in few steps wrong labels are learnt by heart. Returns how far they stay from it,
+    1: all the way."""
+    share = min(1.0, steps / WHOLE)
     for me in models:
         for v, v0 in zip(me.parameters(), FullModel(job.full, job.t0, me.judge).parameters()):
             v.copy_(v0.lerp(v, share))
@@ -607,7 +616,7 @@ def adapt(args):
     phases = (1, 2, 3) if args.student and "third" in added else (1, 2)         # (A7)
     for number in phases:
         job.full = other if number == phases[-1] else clip_model
-        job.t0 = starts[job.full]
+        job.t0 = starts[job.full] * (clip_scale(job) if "start" in added else 1.0)     # (A10)
         done = run.state and run.state["phase"] > number
         if done or number > 1 and not args.epochs2:
             continue
