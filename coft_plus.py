@@ -59,7 +59,7 @@ ADDITIONS = {
     "mix":     "A8 the template is one sentence more, and the FC layer starts there too: adapt",
     "gauss":   "A9 later in phase 2, with A3, labels also ask where the features crowd, and are "
                "clean too if both students give them: by_density, train_phase",
-    "start":   "A10 the FC layer starts at CLIP's posterior, not only at its classes: clip_scale",
+    "start":   "A10 the FC layer starts no softer than CLIP's posterior: clip_scale",
 }
 VIEWS = 8           # (A1) of each image, for the first labels
 WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise were chosen
@@ -396,11 +396,12 @@ def train_step(job, phase, batches, y, clean):
 
 @torch.no_grad()
 def clip_scale(job):
-    """(A10) tau / |v|, a mean over images: so many times t0, W makes softmax(W v) CLIP's posterior.
-    From a softer one phase 2 first turns the whole encoder towards all labels, wrong ones too."""
+    """(A10) tau / |v|, a mean over images, at least 1: so many times t0, W makes softmax(W v) as
+    sharp as CLIP's posterior. A softer one lets all labels, wrong ones too, turn the encoder."""
     x, _ = next(iter(job.train))                                                # (B, 3, R, R)
     length = job.full.encode_image(x).float().norm(dim=1).mean()
-    return job.full.logit_scale.exp() * data.world_size() / data.all_reduce_sum(length)
+    scale = job.full.logit_scale.exp() * data.world_size() / data.all_reduce_sum(length)
+    return scale.clamp(min=1.0)
 
 
 @torch.no_grad()
