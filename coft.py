@@ -356,10 +356,11 @@ def train_step(job, phase, batches, y, clean):
 def clip_scale(job):
     """(A10) tau / |v|, a mean over images, at least 1: so many times t0, W makes softmax(W v) as
     sharp as CLIP's posterior. A softer one lets all labels, wrong ones too, turn the encoder."""
-    x, _ = next(iter(job.train))                                                # (B, 3, R, R)
-    length = job.full.encode_image(x).float().norm(dim=1).mean()
-    scale = job.full.logit_scale.exp() * data.world_size() / data.all_reduce_sum(length)
-    return scale.clamp(min=1.0)
+    length = torch.zeros(job.train.N)
+    for x, i in job.train:                                                      # (B, 3, R, R), (B,)
+        with job.autocast():
+            length[i] = job.full.encode_image(x).float().norm(dim=1).cpu()
+    return max(1.0, float(job.full.logit_scale.exp() / data.all_reduce_sum(length).mean()))
 
 
 @torch.no_grad()
@@ -617,10 +618,11 @@ def adapt(args):
     phases = (1, 2, 3) if args.student and "third" in added else (1, 2)         # (A7)
     for number in phases:
         job.full = other if number == phases[-1] else clip_model
-        job.t0 = starts[job.full] * (clip_scale(job) if "start" in added else 1.0)     # (A10)
         done = run.state and run.state["phase"] > number
         if done or number > 1 and not args.epochs2:
             continue
+        scale = clip_scale(job) if number > 1 and "start" in added else 1.0     # (A10)
+        job.t0 = scale * starts[job.full]
         if number == 3 and not run.state:
             table = predict(job, models, job.train, crops=job.crops)            # (2, N, H) each
         table, models = train_phase(job, number, students, weak, labels if number == 1 else None,

@@ -398,10 +398,11 @@ def train_step(job, phase, batches, y, clean):
 def clip_scale(job):
     """(A10) tau / |v|, a mean over images, at least 1: so many times t0, W makes softmax(W v) as
     sharp as CLIP's posterior. A softer one lets all labels, wrong ones too, turn the encoder."""
-    x, _ = next(iter(job.train))                                                # (B, 3, R, R)
-    length = job.full.encode_image(x).float().norm(dim=1).mean()
-    scale = job.full.logit_scale.exp() * data.world_size() / data.all_reduce_sum(length)
-    return scale.clamp(min=1.0)
+    length = torch.zeros(job.train.N)
+    for x, i in job.train:                                                      # (B, 3, R, R), (B,)
+        with job.autocast():
+            length[i] = job.full.encode_image(x).float().norm(dim=1).cpu()
+    return max(1.0, float(job.full.logit_scale.exp() / data.all_reduce_sum(length).mean()))
 
 
 @torch.no_grad()
@@ -775,7 +776,6 @@ def adapt(args):
         phases.append((3, 0))
     for number, round in phases:
         job.full = other if number == phases[-1][0] else clip_model
-        job.t0 = starts[job.full] * (clip_scale(job) if "start" in added else 1.0)     # (A10)
         if number == 1:                                 # section 3.3.1: each round starts anew
             students = nn.ModuleList(Student(clip_model, names, dataset.templates[0], args)
                                      for _ in range(2)).to(job.device)
@@ -784,6 +784,8 @@ def adapt(args):
         done = run.state and (run.state["phase"], run.state["round"]) > (number, round)
         if done or number > 1 and not args.epochs2:
             continue
+        scale = clip_scale(job) if number > 1 and "start" in added else 1.0     # (A10)
+        job.t0 = scale * starts[job.full]
         if number == 3 and not run.state:
             table = predict(job, models, job.train, crops=job.crops)            # (2, N, H) each
         table, models = train_phase(job, number, round, students, weak,

@@ -1272,10 +1272,11 @@ def test_part_way(frozen, monkeypatch, capsys):         # (A5)
 
 def test_phase_2_starts_as_sharp_as_clip(frozen):       # (A10)
     v = frozen.encode_image(x := golden_images(4, 32))                          # (4, 64)
+    train = type("Loader", (list,), {"N": 4})([(x, torch.arange(4))])
     for longer, scale in ((1, frozen.logit_scale.exp() / v.norm(dim=1).mean()), (9, 1.0)):
-        job = SimpleNamespace(train=[(x, torch.arange(4))], full=SimpleNamespace(
+        job = SimpleNamespace(train=train, autocast=nullcontext, full=SimpleNamespace(
             encode_image=lambda x: longer * v, logit_scale=frozen.logit_scale))
-        assert float(coft.clip_scale(job)) == pytest.approx(float(scale))
+        assert coft.clip_scale(job) == pytest.approx(float(scale))
 
 
 def gradients(frozen, student, loss):
