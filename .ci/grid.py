@@ -44,7 +44,7 @@ DRAWN = {   # name: (style, classes, training images of the first class, of the 
     # after K was made a share of the class
     "new: two, many": ("turned", ["square", "ring"], 700, 700),
     "new: five, many": ("beads", ["circle", "triangle", "star", "heart", "cross"], 300, 300),
-    # many classes of few images; those after the first three came after A5's ramp over them
+    # many classes of few images; nothing was chosen on those after the first three
     "coloured, 100, three each": ("slanted", COLOURED, 3, 3),
     "coloured, 50, five each": ("crowd", COLOURED[1::2], 5, 5),
     "coloured, 50, ten each": ("torn", COLOURED[::2], 10, 10),
