@@ -325,7 +325,7 @@ def start_phase(job, number, students, steps):
                                     momentum=0.9, weight_decay=5e-4)            # not the frozen
     return SimpleNamespace(
         number=number, students=students, optimizer=optimizer, step=0,
-        forward=[data.distributed(me, args.compile) for me in students],    # averages gradients
+        forward=data.distributed(students, args.compile),       # averages gradients
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warm_cosine, total=steps)))
 
 
@@ -582,7 +582,7 @@ def adapt(args):
     # added, autocast, scaler, crops (A6), full, t0 (phase 2 starts from them), known (--shots)
     # mixed precision: weights stay fp32; fp16's small gradients need their loss scaled
     job.autocast = partial(torch.autocast, job.device.type, job.amp_dtype,
-                           enabled=job.amp_dtype is not None)
+                           enabled=job.amp_dtype is not None, cache_enabled=False)
     job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
     job.crops = 0.0
     given = job.saved if args.load else vars(args)
@@ -653,7 +653,8 @@ def parse(argv=None):
     add("--epochs2", type=int, help="of phase 2; 0 leaves it out; --student: twice as many")
     add("--lr1", type=float, help="of prompts and light modules")
     add("--lr2", type=float, help="of the image encoder")
-    add("--compile", action="store_true", help="torch.compile the steps: for long runs on a GPU")
+    add("--compile", action="store_true", help="torch.compile the steps, on a GPU also "
+        "as CUDA graphs: for long runs")
     add("--export", metavar="FILE", help="also write one model as a plain CLIP")
     return parser.parse_args(argv)
 

@@ -889,12 +889,44 @@ def gather(x):
     return torch.cat(parts)
 
 
-def distributed(module, compiled=False):
-    """The module with its gradients averaged over the processes; compiled: by torch.compile."""
+def distributed(students, compiled=False):
+    """The students, called with (clip_model, x), with gradients averaged over the processes;
+    compiled: by torch.compile and, on a single GPU, run as CUDA graphs."""
     if world_size() > 1:
-        module = torch.nn.parallel.DistributedDataParallel(module)
-        module.broadcast_buffers = False                # they are the same everywhere
-    return torch.compile(module) if compiled else module
+        students = [torch.nn.parallel.DistributedDataParallel(me) for me in students]
+        for me in students:
+            me.broadcast_buffers = False                # they are the same everywhere
+    if compiled:
+        students = [torch.compile(me) for me in students]
+        if world_size() == 1 and next(students[0].parameters()).is_cuda:
+            pool = torch.cuda.graph_pool_handle()       # they take turns: one memory is enough
+            students = [graphed(me, pool) for me in students]
+    return students
+
+
+class Pass(torch.nn.Module):
+    """What CUDA graphs can hold of a student's call: images in, tensors out."""
+    def __init__(self, student, clip_model):
+        super().__init__()
+        self.student, self.clip_model = student, clip_model
+
+    def forward(self, x):
+        return tuple(v for v in self.student(self.clip_model, x) if v is not None)
+
+
+def graphed(student, pool):
+    """The student, whose forward and backward pass a GPU is told of at once, not operation by
+    operation: there are thousands of small ones. Recorded at the first call, for x of that shape.
+    """
+    graphs = []
+
+    def call(clip_model, x):
+        if not graphs:
+            graphs.append(torch.cuda.make_graphed_callables(
+                Pass(student, clip_model), (x.clone(),), allow_unused_input=True, pool=pool))
+        v, l_pos, *l_neg = graphs[0](x)
+        return v, l_pos, *(l_neg or [None])
+    return call
 
 
 # ---- shared by the scripts: the run folder ----

@@ -2534,12 +2534,15 @@ def test_mixed_precision(little, tmp_path, monkeypatch):
     assert data.Run.restore(off, {"scaler": torch.amp.GradScaler("cpu")})["scaler"] == {}
 
 
-def test_compile(little, tmp_path, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU, there also as CUDA graphs"))])
+def test_compile(little, tmp_path, monkeypatch, device):
     real, used = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda module: used.append(type(module).__name__) or real(
         module, backend="aot_eager"))
     for name, flags in (("plain", []), ("compiled", ["--compile"])):
-        assert run(tmp_path / name, "--batch-size", 4, "--max-steps", 2, *flags) == 0
+        assert run(tmp_path / name, "--batch-size", 4, "--max-steps", 3, "--device", device,
+                   "--amp", "off", *flags) == 0
     assert used == 2 * ["Student"] + 2 * ["FullModel"]
     plain, compiled = ([line["loss"] for line in epochs_of(tmp_path / name)[1:-1]]
                        for name in ("plain", "compiled"))

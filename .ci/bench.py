@@ -189,7 +189,8 @@ def prepare(args, row, C):
     with device:
         model = clip.CLIP(e, r, vl, vw, p, length, words, tw, th, tl).eval().requires_grad_(False)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.amp)
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None)
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype is not None,
+                       cache_enabled=False)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     x = torch.randint(256, (args.batch_size, r, r, 3), dtype=torch.uint8)
     x = x.pin_memory() if device.type == "cuda" else x

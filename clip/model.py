@@ -125,7 +125,8 @@ class Transformer(nn.Module):
     def forward(self, x, causal=False, checkpointing=False, **shared):
         for block in self.resblocks:
             if checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, causal, use_reentrant=False, **shared)  # (B, T, W)
+                x = checkpoint(block, x, causal, use_reentrant=False, preserve_rng_state=False,
+                               **shared)  # (B, T, W)
             else:
                 x = block(x, causal, **shared)  # (B, T, W)
         return x
@@ -181,7 +182,8 @@ class VisionTransformer(nn.Module):
                 new = prompts[i].to(x.dtype).expand(len(x), -1, -1)  # (B, P, W)
                 x = torch.cat([x[:, :1], new, x[:, 1 + old:]], dim=1)  # (B, T + P, W)
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, adapter=adapters[i], use_reentrant=False)  # (B, T, W)
+                x = checkpoint(block, x, adapter=adapters[i], use_reentrant=False,
+                               preserve_rng_state=False)  # (B, T, W)
             else:
                 x = block(x, adapter=adapters[i])  # (B, T, W)
         return self.ln_post(x[:, 0]) @ self.proj  # (B, D)
