@@ -63,7 +63,7 @@ ADDITIONS = {
     "balance": "A2 labels from posteriors balanced over the classes: guess",
     "fresh":   "A3 labels, and so verdicts, anew each epoch of phase 2: train_phase",
     "adam":    "A4 AdamW, rates relative to the size of words, not SGD: param_groups",
-    "part":    "A5 after few steps the encoders go but part of the way: part_way",
+    "part":    "A5 after few steps or few images the encoders go but part of the way: part_way",
     "crops":   "A6 the models of phase 2 predict the mean over five crops, as A5 lets: with_crops",
     "third":   "A7 --student learns in a phase 3, from what the models of phase 2 predict: adapt",
     "start":   "A10 the FC layer starts no softer than CLIP's posterior: clip_scale",
@@ -72,6 +72,7 @@ VIEWS = 8           # (A1) of each image, for the first labels
 WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise were chosen
 TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its encoders the whole way
+FEW = 4             # (A5) images a class from which nothing is learnt
 SETTINGS = {    # where no flag says otherwise: (tiny CLIPs, D < 512; OpenAI's models)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (6, 10), "epochs2": (4, 10)},
@@ -366,13 +367,16 @@ def clip_scale(job):
 @torch.no_grad()
 def part_way(job, models, steps):
     """(A5) Moves the models of phase 2 back towards their start, weight by weight (WiSE-FT, arXiv
-    2109.01903): in few steps wrong labels are learnt by heart. Returns how far they stay from it,
-    1: all the way."""
-    share = min(1.0, steps / WHOLE)
+    2109.01903): in few steps, or from four images a class, which are all among the surest, wrong
+    labels are learnt by heart. Returns how far they stay from it, 1: all the way."""
+    each = len(job.dataset.train) / len(job.dataset.class_names)
+    enough = 1.0 if job.args.shots else min(1.0, max(0.0, (each - FEW) / 2))
+    share = enough * min(1.0, steps / WHOLE)
     for me in models:
         for v, v0 in zip(me.parameters(), FullModel(job.full, job.t0, me.judge).parameters()):
             v.copy_(v0.lerp(v, share))
-    job.run.say(f"{steps} steps: the encoders go {100 * share:.0f} % of the way")
+    job.run.say(f"{steps} steps, {each:.0f} images a class: the encoders go {100 * share:.0f} % of "
+                "the way")
     return share
 
 

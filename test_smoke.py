@@ -1257,8 +1257,10 @@ def test_full_model_is_an_fc_layer_on_a_fresh_encoder(frozen):    # Eq. (7)
 def test_part_way(frozen, monkeypatch, capsys):         # (A5)
     t0, run = unit(3, 64), data.Run.__new__(data.Run)
     monkeypatch.setattr(coft, "WHOLE", 300)
-    job = SimpleNamespace(full=frozen, t0=t0, run=run)
-    for steps, share in ((30, 0.1), (300, 1.0), (900, 1.0)):
+    for steps, each, shots, share in ((30, 60, 0, 0.1), (300, 6, 0, 1.0), (900, 5, 0, 0.5),
+                                      (900, 4, 0, 0.0), (900, 4, 1, 1.0)):
+        job = SimpleNamespace(full=frozen, t0=t0, run=run, args=SimpleNamespace(shots=shots),
+                              dataset=SimpleNamespace(train=range(3 * each), class_names="abc"))
         model = coft.FullModel(frozen, t0, student_of(frozen))
         start = {k: v.clone() for k, v in model.state_dict().items()}
         for v in model.parameters():

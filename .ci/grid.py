@@ -16,6 +16,7 @@ import random
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -26,6 +27,8 @@ from clip import shapes
 
 COLOURED = [f"{c} {s}" for s in shapes.SHAPES for c in ("red", "green", "blue", "yellow", "orange",
                                                         "purple", "black", "white", "gray", "cyan")]
+LOOKS = {"solid": "plain", "textured": "patterned", "outline": "outlined"}        # the words of captions
+shapes.STYLES["three looks"] = replace(shapes.STYLES["slanted"], fill=dict.fromkeys(LOOKS, 1))
 DRAWN = {   # name: (style, classes, training images of the first class, of the last one)
     "two": ("turned", ["circle", "heart"], 50, 50),
     "two alike": ("neon", ["circle", "ring"], 200, 200),
@@ -50,7 +53,10 @@ DRAWN = {   # name: (style, classes, training images of the first class, of the 
     "coloured, 50, ten each": ("torn", COLOURED[::2], 10, 10),
     "new: coloured, 50, six each": ("quilt", COLOURED[::2], 6, 6),
     "new: coloured, 34, nine each": ("neon", COLOURED[::3], 9, 9),
-    "new: coloured, 100, five each": ("beads", COLOURED, 5, 5)}
+    "new: coloured, 100, five each": ("beads", COLOURED, 5, 5),
+    "new: three looks, 300": ("three looks", [" ".join(c.split()[:1] + [look] + c.split()[1:])
+                                              for look in LOOKS.values() for c in COLOURED],
+                              12, 12)}
 GLYPHS = {  # name: (folder, classes or all, first, last, template)
     "digits, 3 and 8": ("mnist", ["three", "eight"], 100, 100, "a photo of the number {}."),
     "digits, five each": ("mnist", None, 5, 5, "a photo of the number {}."),
@@ -76,7 +82,8 @@ def draw_world(folder, style, classes, first, last):
         while any(left.values()):
             shape = rng.choice(shapes.SHAPES)
             picture, facts = shapes.draw(shape, shapes.STYLES[style], rng)
-            for name in (shape, f"{facts['colour']} {shape}"):
+            colour, look = facts["colour"], LOOKS.get(facts["fill"])
+            for name in (shape, f"{colour} {shape}", f"{colour} {look} {shape}"):
                 if left.get(name):
                     left[name] -= 1
                     path = folder / part / name / f"{left[name]:04d}.png"
