@@ -14,7 +14,6 @@ and a whole image encoder learns from the rest. `--recipe paper` is this, as pub
     phase 2, for student, peer in ((0, 1), (1, 0)), on batches of its clean images:     3.2.2
         y = the student's label; clean = the peer's p_clean of y > 1/2, for every image Eq. 5
         loss = loss_cls(W v + b, y), a fresh encoder and W, b learn                     Eq. 7
-    phase 3, with --student: that CLIP's encoder learns from the predictions            (A7)
     prediction = mean of the two students' softmax                                      our choice
 
 `--recipe ours`, the default, adds the entries of the table ADDITIONS, marked (A1) ... Most is
@@ -36,7 +35,7 @@ from; CoOp's templates, in V+ and V- too; random words as large as CLIP's; stude
 and complements too; a class that is nobody's guess takes its likeliest images; W starts at t0;
 warm-up, cosine, weight decay 5e-4 (A4: 0.01 for the encoder, none elsewhere); weak views; V- learns
 ten times as fast as V+ in A4. --shots is the paper's 4.4; its images are a quarter of a batch.
---student is 4.5 (A7), with twice the epochs of phase 2.
+--student is 4.5: that CLIP learns in phase 2; (A7) in a phase 3, twice as long.
 """
 import argparse
 import copy
@@ -71,7 +70,7 @@ ADDITIONS = {
 VIEWS = 8           # (A1) of each image, for the first labels
 WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise were chosen
 TOP = 16            # classes of an image that a table holds, see Table
-WHOLE = 300         # (A5) steps of phase 2 that take its encoders the whole way
+WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
 FEW = 4             # (A5) images a class from which nothing is learnt
 SETTINGS = {    # where no flag says otherwise: (tiny CLIPs, D < 512; OpenAI's models)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
@@ -115,9 +114,8 @@ def pseudo_labels(p0, index, C, K):
         y[best.indices[best.values > 0]] = k
     order = at(p0, index, y).argsort(descending=True, stable=True)
     order = order[y[order].argsort(stable=True)]        # class by class, the surest first
-    n = y.bincount(minlength=C)                                                 # (C,)
-    place = torch.arange(len(y)) - (n.cumsum(dim=0) - n)[y[order]]              # in its class
-    return y, torch.zeros(len(y), dtype=torch.bool).index_fill(0, order[place < K], True)
+    surest = [mine[:K] for mine in order.split(y.bincount(minlength=C).tolist())]
+    return y, torch.zeros(len(y), dtype=torch.bool).index_fill(0, torch.cat(surest), True)
 
 
 def loss_cls(l_pos, y):
@@ -222,12 +220,11 @@ class Student(nn.Module):
         self.pos = Prompt(clip_model, class_names, template, args.ctx)
         self.neg = Prompt(clip_model, class_names, template, args.ctx)
         self.prompts = self.adapters = None             # one of them, see clip/model.py
+        widths = clip_model.visual.adapter_widths       # of its blocks
         if args.peft == "vpt":                                          # VPT-deep, arXiv 2203.12119
-            blocks = clip_model.visual.transformer
-            self.prompts = nn.Parameter(0.02 * torch.randn(blocks.layers, args.peft_size,
-                                                           blocks.width))
+            start = torch.randn(len(widths), args.peft_size, widths[0])
+            self.prompts = nn.Parameter(0.02 * start)
         else:
-            widths = clip_model.visual.adapter_widths
             self.adapters = nn.ModuleList(Adapter(width, args.peft_size) for width in widths)
 
     def texts(self, clip_model):
@@ -255,8 +252,8 @@ class Student(nn.Module):
 
 class FullModel(nn.Module):
     """Section 3.2.2, Eq. (7): one of the two models of phase 2, a fresh image encoder and an FC
-    layer W v + b on its features v, as they are. W starts at the zero-shot texts t0 (C, D), (A10)
-    times clip_scale, b at 0. The student of phase 1, frozen, goes on judging."""
+    layer W v + b on its features v, as they are. W starts at t0 (C, D), the zero-shot texts, (A10)
+    times clip_scale; b at 0. The student of phase 1, frozen, goes on judging."""
     def __init__(self, clip_model, t0, student):
         super().__init__()
         self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
@@ -323,7 +320,7 @@ def start_phase(job, number, students, steps):
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=job.device.type == "cuda")
     else:
         optimizer = torch.optim.SGD(students.parameters(), args.lr1 if number == 1 else args.lr2,
-                                    momentum=0.9, weight_decay=5e-4)            # not the frozen
+                                    momentum=0.9, weight_decay=5e-4)            # of what learns
     return SimpleNamespace(
         number=number, students=students, optimizer=optimizer, step=0,
         forward=data.distributed(students, args.compile),       # averages gradients
@@ -382,7 +379,7 @@ def part_way(job, models, steps):
 
 def train_phase(job, number, students, weak, lesson, table):
     """The epochs of a phase, on views made by the transform weak. lesson: y and clean, (2, N) each,
-    that are being taught; in phase 1 y and S*, else None, see select_clean. table: of plain or (A1)
+    that are being taught: in phase 1 y and S*, then those of select_clean. table: of plain or (A1)
     weak views. Returns the table and the models after it."""
     args, run, images = job.args, job.run, job.dataset.train
     first = run.state["epoch"] if run.state else 0      # --resume
@@ -401,7 +398,7 @@ def train_phase(job, number, students, weak, lesson, table):
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(weak), epoch=first, seed=4 * args.seed + number)
     for epoch in range(first, epochs):
-        if lesson is None or number == 2 and "fresh" in job.added:              # (A3)
+        if number > 1 and (epoch == 0 or number == 2 and "fresh" in job.added):     # (A3)
             lesson = select_clean(number, guess(job, table), table)
         y, clean = lesson                                                       # (2, N) each
         if args.shots:                                  # section 4.4: their true labels
@@ -416,8 +413,8 @@ def train_phase(job, number, students, weak, lesson, table):
             run.rows.append(train_step(job, phase, batches, y, clean))
         means = run.means(f"--lr{min(number, 2)}")
         share = (1.0, float(judge))                     # of the new p and p_clean in the table
-        if "views" in job.added:                        # (A1) means of this phase; of p also with
-            share = 1 / (epoch + 2), judge / (epoch + 1)            # the one that it started from
+        if "views" in job.added:                        # (A1) p: mean of this phase and of what it
+            share = 1 / (epoch + 2), judge / (epoch + 1)        # began with; p_clean: of this phase
         if number < 3:                                  # (A7) phase 3 keeps its table
             table = predict(job, phase.students, looks, judge, table, share)
         run.report(phase=number, epoch=epoch + 1, **means,
@@ -518,12 +515,11 @@ class Adapted(nn.Module):
         super().__init__()
         self.class_names, self.preprocess = saved["class_names"], preprocess
         self.crops, self.clip_model, weights = saved["crops"], clip_model, saved["models"]
-        self.models = nn.ModuleList(
-            Student(clip_model, self.class_names, saved["templates"][0],
-                    SimpleNamespace(**saved["light"])) for _ in range(2))
+        models = [Student(clip_model, self.class_names, saved["templates"][0],
+                          SimpleNamespace(**saved["light"])) for _ in range(2)]
         if "0.fc.weight" in weights:                    # after phase 2
-            self.models = nn.ModuleList(
-                FullModel(full, weights["0.fc.weight"], me) for me in self.models)
+            models = [FullModel(full, weights["0.fc.weight"], me) for me in models]
+        self.models = nn.ModuleList(models)
         self.models.load_state_dict(weights)
         self.to(clip_model.logit_scale.device).requires_grad_(False)
 
@@ -555,7 +551,7 @@ def export(job, model):
 
 
 def finish(job, models, zero=None):
-    """The files of the run folder. Returns the summary."""
+    """The files of the run folder, and the last line of its log."""
     args, run, test, names = job.args, job.run, job.dataset.test, job.dataset.class_names
     if not args.load:
         data.save_model(job, models, recipe=args.recipe, student=args.student, crops=job.crops,
@@ -566,17 +562,16 @@ def finish(job, models, zero=None):
     data.write_predictions(run.out / "predictions.csv", test.names, names, y, at(p, index, y),
                            at(p_clean, index, y))
     run.say(f"results in {run.out}" + f"; five crops weigh {job.crops:.0%}" * (job.crops > 0))
-    summary = run.report(zero_shot=zero, accuracy=data.accuracy(y, test.y_true), crops=job.crops)
+    run.report(zero_shot=zero, accuracy=data.accuracy(y, test.y_true), crops=job.crops)
     data.write_report(run, test, names, p, index)
     if args.export:
         export(job, models[0])
-    return summary
 
 
 # ======== main ========
 
 def adapt(args):
-    """The whole run: CLIP's guesses, phase 1, phase 2, the files. Returns the summary."""
+    """The whole run: CLIP's guesses, phase 1, phase 2, the files."""
     base, added = data.recipe(args.recipe, ADDITIONS)
     rates = SETTINGS["ours" if "adam" in added else "paper"]    # they go with the optimiser
     job = data.setup(args, SETTINGS[base] | {k: rates[k] for k in ("lr1", "lr2")})
@@ -586,13 +581,12 @@ def adapt(args):
     # added, autocast, scaler, crops (A6), full, t0 (phase 2 starts from them), known (--shots)
     # mixed precision: weights stay fp32; fp16's small gradients need their loss scaled
     job.autocast = partial(torch.autocast, job.device.type, job.amp_dtype,
-                           enabled=job.amp_dtype is not None, cache_enabled=False)
+                           enabled=job.amp_dtype is not None, cache_enabled=False)  # --compile
     job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
-    job.crops = 0.0
+    job.crops = job.saved["crops"] if args.load else 0.0
     given = job.saved if args.load else vars(args)
     other = job.full = data.second_clip(given["student"], clip_model, given["quick_gelu"])
     if args.load:
-        job.crops = job.saved["crops"]
         return finish(job, Adapted(job.saved, clip_model, other).models)
     if args.peft == "vpt" and not hasattr(clip_model.visual, "transformer"):
         raise data.DataError("--peft vpt needs a ViT; a ResNet takes --peft adapter")
@@ -629,14 +623,13 @@ def adapt(args):
         job.t0 = scale * starts[job.full]
         if number == 3 and not run.state:
             table = predict(job, models, job.train, crops=job.crops)            # (2, N, H) each
-        table, models = train_phase(job, number, students, weak, labels if number == 1 else None,
-                                    table)
+        table, models = train_phase(job, number, students, weak, labels, table)
         if args.epochs1:                                # without, nobody judges
             y = labels_of(guess(job, table)[0], table.index[0])                 # (N,)
             data.pseudo_label_sheet(run.out / "pseudo_labels.png", dataset.train, names, y,
                                     at(table.p_clean[1], table.index[1], y))
 
-    return finish(job, models, zero)
+    finish(job, models, zero)
 
 
 def parse(argv=None):
@@ -657,8 +650,7 @@ def parse(argv=None):
     add("--epochs2", type=int, help="of phase 2; 0 leaves it out; --student: twice as many")
     add("--lr1", type=float, help="of prompts and light modules")
     add("--lr2", type=float, help="of the image encoder")
-    add("--compile", action="store_true", help="torch.compile the steps, on a GPU also "
-        "as CUDA graphs: for long runs")
+    add("--compile", action="store_true", help="torch.compile; on a GPU CUDA graphs: for long runs")
     add("--export", metavar="FILE", help="also write one model as a plain CLIP")
     return parser.parse_args(argv)
 
