@@ -7,8 +7,8 @@
 Layouts, tried in this order (`python data.py PATH` prints which one it took):
 1. `demo`, `demo:STYLE`      drawn on the fly (clip/shapes.py)
 2. CoOp's                    split_zhou_*.json (its val part is not used); its lists of Aircraft
-3. torchvision's             a folder that one of its data-set classes reads, see `SETS`; if
-                             PATH/oxford_pets is not there, torchvision downloads it beside
+3. torchvision's             a folder that one of its data-set classes reads, see `SETS`; if PATH
+                             (say ./oxford_pets) is not there, torchvision downloads it
 4. `train/` + `test|val/`    each with a folder per class (labelled) or with images (unlabelled)
 5. a folder per class        a fifth of the images, chosen by a hash of the paths, is the test set
 6. images and `--classes`    unlabelled, in sub-folders too: training and test set are the same
@@ -121,13 +121,12 @@ class Images(Dataset):
         """Of a view: (i, seed) -> (t1(image i), t2(image i), ..., i), with the random numbers of
         the transforms drawn from `seed`; torch's global random state is left as it was."""
         i, seed = item
-        pixels = {}
-        for prepare in {t.prepare for t in self.transforms}:
-            cache = self.caches.get(prepare)
-            pixels[prepare] = cache.get(i, self.image) if cache else prepare(self.image(i))
+        prepare = self.transforms[0].prepare            # the same for all of them
+        cache = self.caches.get(prepare)
+        pixels = cache.get(i, self.image) if cache else prepare(self.image(i))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)   # torch.manual_seed takes 50x longer
-            views = [t(pixels[t.prepare]) for t in self.transforms]
+            views = [t(pixels) for t in self.transforms]
         return (*views, i)
 
 
@@ -401,12 +400,8 @@ def read_aircraft(root):
     """CoOp's lists: the classes in variants.txt, and lines `1025794 707-320` for each part."""
     names, parts = read_text(root / "variants.txt").splitlines(), []
     for part in ("train", "test"):
-        file = root / f"images_variant_{part}.txt"
-        rows = [line.partition(" ") for line in read_text(file).splitlines()]
-        for number, _, name in rows:
-            if name not in names:
-                raise DataError(f"{file}: expected lines `1025794 707-320` with a class of "
-                                f"variants.txt, got `{number} {name}`")
+        rows = [line.partition(" ")
+                for line in read_text(root / f"images_variant_{part}.txt").splitlines()]
         parts.append(Images([f"images/{number}.jpg" for number, _, _ in rows],
                             [names.index(name) for _, _, name in rows], root))
     return "CoOp's official split", names, *parts
@@ -470,7 +465,9 @@ def read_folders(root, known, classes, split):
             test.y_true = torch.tensor([names.index(c) for c in tested])[test.y_true]
         return f"{parts[0]}/{'' if seen else ', no labels'} + {parts[1]}/", names, train, test
     names, images = class_folders(root, base, known)
-    if len(names) > 1 and {c.casefold() for c in names} <= {*SPLITS, "training", "testing"}:
+    if names in (["train"], ["test"]):                  # alone: its own folders are the classes
+        names, images = class_folders(root, parts[0], known)
+    if len(names) > 1 and {c.casefold() for c in names} & {*SPLITS[1:], "training", "testing"}:
         raise DataError(f"{root}: the folders {', '.join(names)} are no classes. {EXPECTED}")
     mine = {plain_name(c) for c in classes or names} & {plain_name(c) for c in names}
     if len(names) > 1 and (mine or WORDNET_ID.fullmatch(names[0])):     # not 2023/, 2024/
@@ -513,17 +510,14 @@ def wordnet_names(folders, root, classes):
 
 def list_images(root, base=""):
     """Paths, relative to root, of the images in root/base and below, sorted; not a run's own."""
-    files, todo = [], [base]
-    while todo:
-        inside = todo.pop()
-        if os.path.exists(os.path.join(root, inside, "args.json")):     # a run folder
-            continue
-        for e in os.scandir(os.path.join(root, inside)):
-            path = f"{inside}/{e.name}" if inside else e.name
-            if e.name.lower().endswith(EXTENSIONS) and not e.name.startswith("."):
-                files.append(path)
-            elif e.is_dir() and not e.name.startswith("."):
-                todo.append(path)
+    files = []
+    for folder, folders, names in os.walk(Path(root, base), followlinks=True):
+        inside = Path(folder).relative_to(root).as_posix()
+        folders[:] = [d for d in folders if not d.startswith(".")]
+        if "args.json" in names:                        # a run folder
+            names, folders[:] = [], []
+        files += [f"{inside}/{name}".removeprefix("./") for name in names
+                  if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
     return sorted(files)
 
 
@@ -628,6 +622,8 @@ def readable(images):
             decode(os.path.join(images.root, file), draft=True)
         except Exception as e:                          # Pillow's plugins raise nearly anything
             return f"{file} ({reason(e)})"
+    if len(images) > 1000:
+        print(f"opening {len(images)} images once", file=sys.stderr, flush=True)
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")                 # Pillow's, about odd but readable files
         problems = list(pool.map(problem, images.names))
@@ -915,9 +911,8 @@ class Pass(torch.nn.Module):
 
 
 def graphed(student, pool):
-    """The student, whose forward and backward pass a GPU is told of at once, not operation by
-    operation: there are thousands of small ones. Recorded at the first call, for x of that shape.
-    """
+    """The student, whose passes are recorded at the first call, for x of that shape: the GPU is
+    told of each pass at once, not of thousands of small operations."""
     graphs = []
 
     def call(clip_model, x):
@@ -1089,7 +1084,7 @@ def write_predictions(path, names, class_names, y, confidence, p_clean):
 
 def pseudo_label_sheet(path, images, class_names, y, score):
     """pseudo_labels.png: a row for each of the first 40 classes; left the labels y (N,) with the
-    highest score, p_clean (N,), right the wrong ones (p_clean <= 1/2), worst first."""
+    highest score, p_clean (N,), right those called wrong (p_clean <= 1/2), worst first."""
     cell = 56                                                                   # pixels
     sheet = Image.new("RGB", (120 + 16 * cell, 18 + min(len(class_names), 40) * cell), "white")
     pen = ImageDraw.Draw(sheet)

@@ -351,11 +351,11 @@ def train(job, passes, sets, weights, trial=False):
     first = run.restore(parts)["epoch"] if run.state else 0                     # --resume
     for epoch in range(first, epochs):
         rng = torch.Generator().manual_seed((args.seed * 1_000_003 + epoch) % 2**63)
-        torch.randint(2**62, (N,), generator=rng)       # in the order of data.EpochSampler
+        torch.randint(2**62, (N,), generator=rng)       # the seeds that data.EpochSampler draws
         batches = torch.randperm(N, generator=rng)[:N - N % B].split(B)         # (B,) each
         done = epoch * (N // B)                         # steps before this epoch
-        left = run.steps(batches, B, f"epoch {epoch + 1}/{epochs}", steps - done)
-        for step, i in enumerate(left, done):
+        taken = run.steps(batches, B, f"epoch {epoch + 1}/{epochs}", steps - done)
+        for step, i in enumerate(taken, done):
             f = passes[epoch % len(passes)][:, i]                               # (A, B, D)
             run.rows.append(train_step(job, learner, epoch, step / steps, f, i))
         means = run.means("--lr")
@@ -412,16 +412,10 @@ def write_disambiguated(path, images, class_names, S, l):
 
 # ======== candidate labels ========
 
-def flip_candidates(y_true, C, q, seed):
-    """Every wrong label enters with probability q, independently of the others, as in PiCO (arXiv
-    2201.08984); the true one is always in. y_true (N,) -> (N, C)."""
-    return hard_candidates(torch.ones(len(y_true), C), y_true, q, seed)
-
-
-def hard_candidates(p, y_true, q, seed):
-    """Wrong label k enters with probability min(1, q (C-1) p_k / sum_{j != y} p_j): likely mistakes
-    more often, as many as with `flip_candidates` before the cap. Nearly VALEN's (Xu et al. 2021),
-    which has C where this has C-1. p (N, C) a posterior, y_true (N,) -> (N, C)."""
+def draw_candidates(p, y_true, q, seed):
+    """The true label, and wrong label k with probability min(1, q (C-1) p_k / sum_{j != y} p_j). p
+    (N, C) all ones: each with q, as in PiCO (arXiv 2201.08984); a posterior: likely mistakes more
+    often, nearly VALEN's (Xu et al. 2021), which has C for C-1. y_true (N,) -> (N, C)."""
     wrong = p.double().scatter(1, y_true[:, None], 0.0)                         # (N, C)
     mass = wrong.sum(dim=1, keepdim=True)                                       # (N, 1)
     chance = torch.where(mass > 0, q * (p.shape[1] - 1) * wrong / mass, q)      # (N, C)
@@ -541,10 +535,22 @@ def adapt(args):
                            enabled=job.amp_dtype is not None)
     job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
 
-    job.tau = clip_model.logit_scale.exp()
+    # the images in use; a file's candidate sets
+    y_true, note = dataset.train.y_true, ""             # to make candidates, and for diagnostics
     plain, *_ = views = data.transforms(clip_model.visual.input_resolution)
     if args.load:
         dataset.templates = job.saved["templates"]
+    elif y_true is None and made:
+        raise data.DataError("no labels to make candidate sets from: give --candidates FILE")
+    elif args.shots:
+        dataset.train = dataset.train.subset(data.few_shot(y_true, args.shots, args.seed))
+        data.cache_pixels(dataset, views, args.cache)
+        y_true = dataset.train.y_true                                           # (N,)
+    if not (made or args.load):
+        sets, note = read_candidates(args.candidates, dataset.train, names)     # (N, C)
+
+    # CLIP's features and zero-shot posteriors; sets made from them or from the labels alone
+    job.tau = clip_model.logit_scale.exp()
     prompts = [[template.format(c) for template in dataset.templates] for c in names]
     job.t_hand = clip.zeroshot_classifier(clip_model, prompts)                  # (C, D)
     job.f_test = encode(job, dataset.test.view(plain))[0]                       # (N, D)
@@ -554,23 +560,13 @@ def adapt(args):
             t = Adapted(job.saved, clip_model).t.float()                        # (C, D)
         return finish(job, posterior(job, job.f_test, t), p0_test)
 
-    # the images in use and their candidate sets; CLIP's features and zero-shot posteriors
-    y_true, note = dataset.train.y_true, ""             # to make candidates, and for diagnostics
-    if y_true is None and made:
-        raise data.DataError("no labels to make candidate sets from: give --candidates FILE")
-    if args.shots:
-        dataset.train = dataset.train.subset(data.few_shot(y_true, args.shots, args.seed))
-        data.cache_pixels(dataset, views, args.cache)
-        y_true = dataset.train.y_true                                           # (N,)
-    if args.candidates == "uniform":
-        sets = flip_candidates(y_true, len(names), args.q, args.seed)           # (N, C)
-    elif not made:
-        sets, note = read_candidates(args.candidates, dataset.train, names)     # (N, C)
     job.f_train = encode(job, dataset.train.view(plain))[0]                     # (N, D)
     if args.supervised:                                 # arXiv 2109.01134
         sets, args.objective, args.align = F.one_hot(y_true, len(names)).bool(), "naive", False
-    elif args.candidates == "instance":
-        sets = hard_candidates(posterior(job, job.f_train, job.t_hand), y_true, args.q, args.seed)
+    elif made:
+        p = posterior(job, job.f_train, job.t_hand)                             # (N, C)
+        p = p if args.candidates == "instance" else torch.ones_like(p)
+        sets = draw_candidates(p, y_true, args.q, args.seed)                    # (N, C)
     about = describe_candidates(sets, y_true) + note
     run.say(f"{len(sets)} images in use, {about}")
     data.report_zero_shot(job, data.accuracy(p0_test.argmax(dim=1), dataset.test.y_true))
