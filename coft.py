@@ -34,8 +34,8 @@ words), lam 1, batches of 64, momentum 0.9; an epoch is N / B steps, however sma
 from; CoOp's templates, in V+ and V- too; random words as large as CLIP's; students differ in order
 and complements too; a class that is nobody's guess takes its likeliest images; W starts at t0;
 warm-up, cosine, weight decay 5e-4 (A4: 0.01 for the encoder, none elsewhere); weak views; V- learns
-ten times as fast as V+ in A4. --shots is the paper's 4.4; its images are a quarter of a batch.
---student is 4.5: that CLIP learns in phase 2; (A7) in a phase 3, twice as long.
+ten times as fast as V+ in A4. --shots is the paper's 4.4: half of a batch in phase 1, then
+sqrt(K) / 16 of it. --student is 4.5: that CLIP learns in phase 2; (A7) in a third, twice as long.
 """
 import argparse
 import copy
@@ -405,8 +405,9 @@ def train_phase(job, number, students, weak, lesson, table):
             y[:, job.known], clean[:, job.known] = images.y_true[job.known], True
         for loader, mine in zip(loaders, clean):        # batches of clean images, if any
             among = mine.nonzero()[:, 0].tolist()
-            if args.shots:                              # a quarter: few would drown among them
-                among += job.known.tolist() * (len(among) // (3 * len(job.known)))
+            if args.shots:                              # few would drown among them
+                part = 1 / 2 if number == 1 else min(1 / 2, args.shots ** 0.5 / 16)    # of a batch
+                among += job.known.tolist() * int(len(among) * part / (1 - part) / len(job.known))
             loader.batch_sampler.among = among
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
                                  f"phase {number} epoch {epoch + 1}/{epochs}", steps - phase.step):

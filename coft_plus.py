@@ -453,8 +453,9 @@ def train_phase(job, number, round, students, weak, lesson, table):
             y[:, job.known], clean[:, job.known] = images.y_true[job.known], True
         for loader, mine in zip(loaders, clean):        # batches of clean images, or for Eq. 8 all
             among = mine.nonzero()[:, 0].tolist()
-            if args.shots:                              # a quarter: few would drown among them
-                among += job.known.tolist() * (len(among) // (3 * len(job.known)))
+            if args.shots:                              # few would drown among them
+                part = 1 / 2 if number == 1 else min(1 / 2, args.shots ** 0.5 / 16)    # of a batch
+                among += job.known.tolist() * int(len(among) * part / (1 - part) / len(job.known))
             loader.batch_sampler.among = [] if phase.keys else among
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
                                  f"phase {number} round {round + 1} epoch {epoch + 1}/{epochs}",
