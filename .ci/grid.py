@@ -27,7 +27,7 @@ from clip import shapes
 
 COLOURED = [f"{c} {s}" for s in shapes.SHAPES for c in ("red", "green", "blue", "yellow", "orange",
                                                         "purple", "black", "white", "gray", "cyan")]
-LOOKS = {"solid": "plain", "textured": "patterned", "outline": "outlined"}        # the words of captions
+LOOKS = {"solid": "plain", "textured": "patterned", "outline": "outlined"}    # in captions
 shapes.STYLES["three looks"] = replace(shapes.STYLES["slanted"], fill=dict.fromkeys(LOOKS, 1))
 DRAWN = {   # name: (style, classes, training images of the first class, of the last one)
     "two": ("turned", ["circle", "heart"], 50, 50),
