@@ -14,9 +14,10 @@ candidates. CLIP is frozen.
     table[i] = confidence(objective, l, S)                  only the rows of the batch  Eq. 2
 
 How much the alignment helps depends on objective and sets: tens of points, or less than nothing.
-So by default the sum of Eq. 11 is one of logits, not of losses: one prompt learns from `align`, one
-from `pll`, and they get the weights under which a fifth of the sets is likeliest, for prompts that
-learnt from the other four fifths.
+So by default the sum of Eq. 11 is one of logits, not of losses: one prompt learns from `align` and
+CC, which is the likelihood of the sets, one from CC alone, one from `pll`. The first two predict
+together; the third joins them if a fifth of the sets is then likelier, for prompts that learnt from
+the other four fifths.
 
 A views of an image, B batch, C classes, D embedding, L context words, M prompts, N images, T tokens
 of a text, W width of a word; PiCO: d its space, Q keys; S (B, C) bool candidate sets; tau =
@@ -27,7 +28,7 @@ Run:  python prompt_align.py                                the demo, offline; 2
       python prompt_align.py --data ./photos --classes cat,dog --candidates sets.csv
 
 Decided here (the paper's text was not at hand; "released" is its authors' code):
-- two prompts instead of Eq. (11), which `--teacher dynamic` and `handcrafted` (alpha = 1, as
+- several prompts instead of Eq. (11), which `--teacher dynamic` and `handcrafted` (alpha = 1, as
   released) have. Sets that follow CLIP's own posterior (`follow_clip`) cannot correct it: there the
   aligned prompt stays alone;
 - w of Eq. (11) is at least `MIN_WEIGHT`; features are normalised (released aligned runs: not);
@@ -150,19 +151,11 @@ def balance(pll, align):
     return (pll.detach() / align.detach().clamp(min=1e-8)).clamp(min=MIN_WEIGHT)
 
 
-SCALES = (1.0, 0.25, 0.35, 0.5, 0.7, 1.4, 2.0)      # also against logits that are too sure
-
-
-def pool(l_align, l_pll, S):
-    """The weights (a, b) for which a l_align + b l_pll explains sets that it was not learnt from
-    best: the mean of log sum_{k in S} p_k is largest. b is 0 unless it gains a standard error.
-    l, S (N, C)."""
-    log_p = {(a, b): log_inside(a * l_align + b * l_pll, S)                     # (N,) each
-             for a in SCALES for b in (0.0, *SCALES)}
-    best, alone = (max(some, key=lambda w: float(log_p[w].mean()))
-                   for some in (log_p, [w for w in log_p if w[1] == 0]))
-    gain = log_p[best] - log_p[alone]                                           # (N,)
-    return best if gain.mean() > gain.std() / math.sqrt(len(gain)) else alone
+def helps(l, S):
+    """Whether sets that no prompt learnt from are likelier under the mean of all prompts' logits
+    than under that of all but the last. l (M, N, C), S (N, C)."""
+    with_it, without = (log_inside(some.mean(dim=0), S).mean() for some in (l, l[:-1]))
+    return bool(with_it > without)
 
 
 def follow_clip(p, S):
@@ -267,7 +260,8 @@ def logits(job, texts, f):
 
 class Learner(nn.Module):
     """The prompts, their optimiser for so many steps, the candidate sets and their confidences
-    (N, C). weights: of an aligned prompt and the objective's, or of one that is both."""
+    (N, C). weights: of the aligned prompt, CC's and the objective's (two if that is CC, or if the
+    sets are not trusted), or of one that is all."""
     def __init__(self, job, sets, steps, weights):
         super().__init__()
         objective, names = job.args.objective, job.dataset.class_names
@@ -278,6 +272,7 @@ class Learner(nn.Module):
         if objective == "pico":
             self.contrast = Contrast(job.clip_model.visual.output_dim, len(names))
             groups.append({"params": self.contrast.head.parameters(), "lr": 0.01})
+        self.trusts_sets = len(weights) > 1 and weights[1] > 0
         self.register_buffer("sets", sets)
         self.register_buffer("table", confidence(objective, torch.zeros(1, *sets.shape), sets))
         self.to(job.device)
@@ -311,7 +306,7 @@ def train_step(job, learner, epoch, progress, f, i):
     f, i = f.to(job.device), i.to(job.device)
     S, extra = learner.sets[i], 0.0                                             # (B, C)
     each = logits(job, learner.prompts.each, f)                                 # (M, A, B, C)
-    l_align, l = each[0], each[-1]                      # the same if one prompt is both
+    l_align, l = each[0], each[-1]                      # the same if one prompt is all
     if objective == "pico":
         extra = pico_step(learner, epoch, progress, f, i, l, S)
     c = learner.table[i]                                                        # (B, C)
@@ -323,6 +318,8 @@ def train_step(job, learner, epoch, progress, f, i):
         align = loss_weighted(l_align[0], mixed_posterior(l_align[0], l_hand, S, alpha))
         w = balance(pll, align) if len(each) == 1 else 1.0
         loss = pll + w * align
+        if learner.trusts_sets:                         # the aligned prompt and CC's own
+            loss = loss + sum(loss_cc(l_m[0], S) for l_m in each[:-1])
         shown |= {"align": align.detach(), "w": w, "alpha": alpha}
     learner.optimizer.zero_grad()
     scaler.scale(loss + extra).backward()
@@ -366,18 +363,23 @@ def train(job, passes, sets, weights, trial=False):
 
 
 def choose_weights(job, passes, sets):
-    """The weights (see `pool`) of an aligned prompt and one of the objective, by what such prompts
-    learn from four fifths of the sets (N, C) about the last fifth."""
-    held = torch.arange(len(sets)) % 5 == 4                                     # (N,)
-    if not held.any() or follow_clip(posterior(job, job.f_train, job.t_hand), sets):
-        job.run.say("the sets follow CLIP's own posterior, or are few: they cannot correct it")
+    """The weights of the prompts, see Learner: the aligned one and CC's count alike. So does the
+    objective's if it `helps` to explain a fifth of the sets (N, C), for prompts of the others."""
+    args, run = job.args, job.run
+    if not args.align or args.teacher != "evidence":
+        return [1.0]
+    elif follow_clip(posterior(job, job.f_train, job.t_hand), sets):
+        run.say("the sets follow CLIP's own posterior: they cannot correct it")
         return [1.0, 0.0]
-    learner = train(job, [f[:, ~held] for f in passes], sets[~held], [1.0, 1.0], trial=True)
+    elif args.objective == "cc":
+        return [0.5, 0.5]
+    held = torch.arange(len(sets)) % 5 == 4                                     # (N,)
+    learner = train(job, [f[:, ~held] for f in passes], sets[~held], [1.0, 1.0, 1.0], trial=True)
     with torch.no_grad():
         l = logits(job, learner.prompts.each, job.f_train[None, held].to(job.device))
-    weights = pool(*l[:, 0].cpu(), sets[held])                                  # (n, C) each
-    job.run.say("weights: {} of the alignment, {} of the objective".format(*weights))
-    return weights
+    joins = helps(l[:, 0].cpu(), sets[held])                                    # l (3, 1, n, C)
+    run.say(f"{args.objective} {'helps' if joins else 'does not help'} to explain held-out sets")
+    return [1 / 3] * 3 if joins else [0.5, 0.5, 0.0]
 
 
 # ======== evaluation ========
@@ -577,8 +579,9 @@ def adapt(args):
     views = {"crdpll": (weak, weak, strong), "pico": (weak, strong)}.get(args.objective, (weak,))
     passes = [encode(job, dataset.train.view(*views), epoch)                    # (A, N, D) each
               for epoch in range(min(args.passes, args.epochs))]
-    weights = [1.0, 0.0] if args.align and args.teacher == "evidence" else [1.0]
-    if len(weights) == 2 and not run.state:             # --resume has them
+    if run.state:                                       # --resume has them
+        weights = run.state["learner"]["prompts.weights"].tolist()
+    else:
         weights = choose_weights(job, passes, sets)
     learner = train(job, passes, sets, weights)
 

@@ -9,7 +9,6 @@ import hashlib
 import http.server
 import inspect
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -1910,9 +1909,9 @@ def job_of(model, objective, teacher="dynamic", align=True):
         t_hand=clip.zeroshot_classifier(model, [[PHOTO.format(c)] for c in shapes.SHAPES]))
 
 
-def one_step(job, S, f, i, progress=0.0):
+def one_step(job, S, f, i, progress=0.0, weights=(1.0,)):
     """train_step of a fresh learner: (the learner, what the log shows)."""
-    learner = pa.Learner(job, S, 10, [1.0, 0.0] if job.args.teacher == "evidence" else [1.0])
+    learner = pa.Learner(job, S, 10, list(weights))
     return learner, pa.train_step(job, learner, 1, progress, f, i)
 
 
@@ -1924,9 +1923,9 @@ def test_align_no_ambiguity_is_coop(frozen, random_features):
     for t in start.each(frozen):
         F.cross_entropy(frozen.logit_scale.exp() * f[0] @ t.T, y[i]).backward(retain_graph=True)
     for objective in ("naive", "cc", "rc", "proden", "cavl", "pico"):   # not LWS and CRDPLL
-        for teacher, times in {"evidence": 1, "dynamic": 2, "handcrafted": 2}.items():  # two losses
-            learner, shown = one_step(job_of(frozen, objective, teacher), S, f, i, 0.3)
-            found = learner.prompts.ctx.grad                                    # (M, 4, W)
+        for weights, times in (((1.0, 0.0), [1, 1]), ((1.0,), [2]), ((0.5, 0.5), [2, 1])):  # losses
+            learner, shown = one_step(job_of(frozen, objective), S, f, i, 0.3, weights)
+            found, times = learner.prompts.ctx.grad, torch.tensor(times)[:, None, None]
             torch.testing.assert_close(found, times * start.ctx.grad[:len(found)], atol=2e-6,
                                        rtol=1e-4)
             assert float(shown["w"]) == pytest.approx(1, abs=1e-5)
@@ -1935,18 +1934,22 @@ def test_align_no_ambiguity_is_coop(frozen, random_features):
 def test_align_total_loss(frozen, random_features):       # Eq. (10), (11)
     f, i, y = random_features
     S = flipped(y, 10, 0.5, 0)
-    for teacher, last in pa.TEACHERS.items():
-        job = job_of(frozen, "cc", teacher)
-        learner, shown = one_step(job, S, f, i, progress=0.4)
+    for teacher, weights in (("evidence", [1.0, 0.0]), ("evidence", [0.5, 0.5]),
+                             ("evidence", [0.5, 0.5, 0.0]), ("dynamic", [1.0]),
+                             ("handcrafted", [1.0])):
+        job = job_of(frozen, "crdpll", teacher)
+        learner, shown = one_step(job, S, f, i, 0.4, weights)
         torch.manual_seed(0)
-        start = pa.Prompts(frozen, shapes.SHAPES, PHOTO, 4, learner.prompts.weights.tolist())
-        l = [job.tau * f[0] @ t.T for t in start.each(frozen)]
-        hand = job.tau * f[0] @ job.t_hand.T
-        pll, alpha = pa.loss_cc(l[-1], S[i]), 1 - 0.4 * (1 - last)
-        align = pa.loss_weighted(l[0], pa.mixed_posterior(l[0], hand, S[i], alpha))
+        start = pa.Prompts(frozen, shapes.SHAPES, PHOTO, 4, weights)
+        l = [job.tau * f @ t.T for t in start.each(frozen)]                     # (3, B, C) each
+        hand, c = job.tau * f[0] @ job.t_hand.T, F.normalize(S[i].float(), p=1, dim=1)
+        pll, alpha = pa.loss_crdpll(l[-1], S[i], c, 0.8), 1 if teacher == "handcrafted" else 0.6
+        align = pa.loss_weighted(l[0][0], pa.mixed_posterior(l[0][0], hand, S[i], alpha))
         want = pll + (align if teacher == "evidence" else (pll / align).detach() * align)
+        if len(weights) > 1 and weights[1]:             # the sets do not follow CLIP
+            want = want + sum(pa.loss_cc(l_m[0], S[i]) for l_m in l[:-1])
         assert float(shown["loss"]) == pytest.approx(float(want.detach()))
-        assert shown["alpha"] == alpha and len(start.ctx) == 1 + (teacher == "evidence")
+        assert shown["alpha"] == alpha
         grad, = torch.autograd.grad(want, start.ctx)
         torch.testing.assert_close(learner.prompts.ctx.grad, grad, atol=1e-6, rtol=1e-4)
     alone, shown = one_step(job_of(frozen, "cc", align=False), S, f, i)
@@ -1957,12 +1960,10 @@ def test_align_evidence(frozen):
     l, S, _ = aligned_batch(scale=1.0, B=400)
     l = l.detach()
     right = 3 * S + l                                   # knows the sets, mostly
-    assert pa.pool(right, l, S)[1] <= 0.25 and pa.pool(l, right, S)[1] >= 1
-    assert pa.pool(50 * right, l, S)[0] == 0.25         # much too sure
-    a, b = pa.pool(right, right, S)                     # the best of all that it may choose from
-    for w in itertools.product((0.25, 0.5, 1, 2), (0, 0.25, 1, 2)):
-        assert pa.loss_cc(a * right + b * right, S) <= pa.loss_cc((w[0] + w[1]) * right, S) + 1e-6
-    assert pa.pool(l, right, torch.ones_like(S)) == (1, 0)
+    for prompts, better in (([l, right], True), ([right, l], False), ([l, l, right], True),
+                            ([right, right, 40 * l], False)):
+        assert pa.helps(torch.stack(prompts), S) == better
+    assert not pa.helps(torch.stack([l, right]), torch.ones_like(S))    # full sets say nothing
     prompts = pa.Prompts(frozen, shapes.SHAPES, PHOTO, 4, [0.5, 2.0])
     one, other = prompts.each(frozen)
     torch.testing.assert_close(prompts(frozen), 0.5 * one + 2 * other)
@@ -1980,12 +1981,13 @@ def test_align_evidence(frozen):
 
 
 def test_held_out_sets_weigh_the_prompts(little, tmp_path, monkeypatch):
-    train, pool, seen = pa.train, pa.pool, []
+    train, helps, seen = pa.train, pa.helps, []
     monkeypatch.setattr(pa, "train", lambda job, passes, sets, *a, **how: seen.append(
         (passes[0], sets)) or train(job, passes, sets, *a, **how))
-    monkeypatch.setattr(pa, "pool", lambda *a: seen.append(a) or pool(*a))
-    assert run(tmp_path / "run", "--teacher", "evidence", script=pa) == 0
-    (f_some, some), (_, _, held), (f_all, every) = seen     # a trial, its judgement, the training
+    monkeypatch.setattr(pa, "helps", lambda *a: seen.append(a) or helps(*a))
+    assert run(tmp_path / "run", "--objective", "rc", "--teacher", "evidence", script=pa) == 0
+    (f_some, some), (l, held), (f_all, every) = seen    # a trial, its judgement, the training
+    assert l.shape == (3, 20, 10)
     last = torch.arange(100) % 5 == 4
     assert torch.equal(some, every[~last]) and torch.equal(held, every[last])
     assert torch.equal(f_some, f_all[:, ~last])
@@ -2202,7 +2204,7 @@ def test_align_full_sets_fall_back_to_zero_shot(little, tmp_path, objective):
     assert align_run(tmp_path / "run", "--q", 1, "--objective", objective, "--teacher",
                      "evidence") == 0
     last = align_read(tmp_path / "run")[0][-1]
-    assert last["weights"] == [1, 0]
+    assert last["weights"] == [0.5, 0.5, 0]
     assert abs(last["accuracy"] - last["zero_shot"]) <= 2, last     # one image of fifty
 
 
