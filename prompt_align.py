@@ -599,8 +599,8 @@ def parse(argv=None):
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--objective", choices=OBJECTIVES, default="cc", help="Eq. 3-9 (%(default)s)")
     add("--align", default=True, action=switch, help="Eq. 10; without: the objective alone")
-    add("--teacher", choices=TEACHERS, default="evidence", help="two prompts, weighed by a "
-        "held-out fifth of the sets; or Eq. 11, alpha falling or as released (%(default)s)")
+    add("--teacher", choices=TEACHERS, default="evidence", help="several prompts, if held-out sets "
+        "say so; or one, Eq. 11, alpha falling or as released (%(default)s)")
     add("--candidates", default="uniform", metavar="uniform|instance|FILE", help="made from the "
         "labels, all wrong ones alike or those CLIP finds likely; or your CSV or JSON")
     add("--q", type=float, default=0.5, help="chance of a wrong label to be in a set (%(default)s)")
