@@ -74,8 +74,8 @@ def panel(i, name, alone, aligned):
             'stroke-dasharray="1.2 3"/>',
             curve(alone, GREY, 'stroke-dasharray="6 4"'), curve(aligned, BLUE, "")]
     if i == 0:
-        out += [text(PANEL_W, y_of(67), "aligned", BLUE, "end", 'font-weight="600"'),
-                text(x_of(0.3) - 8, y_of(46), "without", "#57606a", "start", 'font-weight="600"')]
+        out += [text(PANEL_W, y_of(70), "aligned", BLUE, "end", 'font-weight="600"'),
+                text(x_of(0.3) - 8, y_of(42), "without", "#57606a", "start", 'font-weight="600"')]
     if column == 3:
         out += [text(PANEL_W + 6, y_of(ZERO_SHOT) - 2, "zero-shot", anchor="start"),
                 text(PANEL_W + 6, y_of(ZERO_SHOT) + 12, ZERO_SHOT, anchor="start")]
