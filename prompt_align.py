@@ -23,7 +23,7 @@ A views of an image, B batch, C classes, D embedding, L context words, M prompts
 of a text, W width of a word; PiCO: d its space, Q keys; S (B, C) bool candidate sets; tau =
 exp(logit_scale), f and t unit vectors, p = softmax(l). Equation numbers are ours.
 
-Run:  python prompt_align.py                                the demo, offline; 20 seconds
+Run:  python prompt_align.py                                the demo, offline; 16 seconds
       python prompt_align.py --data ./oxford_pets           OpenAI's CLIP: not measured
       python prompt_align.py --data ./photos --classes cat,dog --candidates sets.csv
 
@@ -599,8 +599,8 @@ def parse(argv=None):
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--objective", choices=OBJECTIVES, default="cc", help="Eq. 3-9 (%(default)s)")
     add("--align", default=True, action=switch, help="Eq. 10; without: the objective alone")
-    add("--teacher", choices=TEACHERS, default="evidence", help="several prompts, if held-out sets "
-        "say so; or one, Eq. 11, alpha falling or as released (%(default)s)")
+    add("--teacher", choices=TEACHERS, default="evidence", help="prompts whose logits are added; "
+        "or one, Eq. 11, alpha falling or as released (%(default)s)")
     add("--candidates", default="uniform", metavar="uniform|instance|FILE", help="made from the "
         "labels, all wrong ones alike or those CLIP finds likely; or your CSV or JSON")
     add("--q", type=float, default=0.5, help="chance of a wrong label to be in a set (%(default)s)")

@@ -164,7 +164,7 @@ def prompts(o):
     job.args.ctx = 16
     job.t_hand = F.normalize(torch.randn(o.C, D, device=o.device), dim=1)           # (C, D)
     sets = torch.rand(4 * o.B, o.C) > 0.5                                           # (N, C)
-    learner = prompt_align.Learner(job, sets, 1000, [1.0, 0.0])
+    learner = prompt_align.Learner(job, sets, 1000, [0.5, 0.5])
     f = F.normalize(torch.randn(1, 4 * o.B, D), dim=-1)                             # (1, N, D)
 
     def step():
