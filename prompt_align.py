@@ -318,7 +318,7 @@ def train_step(job, learner, epoch, progress, f, i):
         align = loss_weighted(l_align[0], mixed_posterior(l_align[0], l_hand, S, alpha))
         w = balance(pll, align) if len(each) == 1 else 1.0
         loss = pll + w * align
-        if learner.trusts_sets:                         # the aligned prompt and CC's own
+        if learner.trusts_sets:                         # CC, to the aligned prompt and its own
             loss = loss + sum(loss_cc(l_m[0], S) for l_m in each[:-1])
         shown |= {"align": align.detach(), "w": w, "alpha": alpha}
     learner.optimizer.zero_grad()

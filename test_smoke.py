@@ -1941,7 +1941,7 @@ def test_align_total_loss(frozen, random_features):       # Eq. (10), (11)
         learner, shown = one_step(job, S, f, i, 0.4, weights)
         torch.manual_seed(0)
         start = pa.Prompts(frozen, shapes.SHAPES, PHOTO, 4, weights)
-        l = [job.tau * f @ t.T for t in start.each(frozen)]                     # (3, B, C) each
+        l = [job.tau * f @ t.T for t in start.each(frozen)]                     # (A, B, C) each
         hand, c = job.tau * f[0] @ job.t_hand.T, F.normalize(S[i].float(), p=1, dim=1)
         pll, alpha = pa.loss_crdpll(l[-1], S[i], c, 0.8), 1 if teacher == "handcrafted" else 0.6
         align = pa.loss_weighted(l[0][0], pa.mixed_posterior(l[0][0], hand, S[i], alpha))
