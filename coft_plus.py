@@ -19,9 +19,9 @@ Run:  python coft_plus.py                               the demo, offline; READM
 `--recipe ours` takes the sentences, but one round and gamma 0: on its labels more rounds and the
 contrast as published lost on each world tried (.ci/results.md). In their place (A9): an image
 encoder that is being adapted gathers the images of a class, whatever some of their labels say. So
-from a third of phase 2 on a label is the class whose Gaussian, in the features, explains the image
-best, times what the FC layer says, and counts as clean also if both students give it; the Gaussians
-also show whether all classes are equally large.
+after phase 1, and again from a third of phase 2 on, a label is the class whose Gaussian, in the
+features, explains the image best, times what the model says; the peer's Gaussians, not its V-, call
+it clean. In phase 2 they also show whether all classes are equally large; before, nothing does.
 
 The paper does not say, so decided here, beyond coft.py: three rounds, gamma 0.1, temperature 0.1,
 mu 0.99 at most, a queue of half an epoch or 16 batches at most; classes without sentences get the
@@ -57,8 +57,7 @@ ADDITIONS = {
     "crops":   "A6 the models of phase 2 predict the mean over five crops, as A5 lets: with_crops",
     "third":   "A7 --student learns in a phase 3, from what the models of phase 2 predict: adapt",
     "mix":     "A8 the template is one sentence more, and the FC layer starts there too: adapt",
-    "gauss":   "A9 later in phase 2, with A3, labels also ask where the features crowd, and are "
-               "clean too if both students give them: by_density, train_phase",
+    "gauss":   "A9 phase 2's labels, verdicts: where the features crowd; needs A3: ask_density",
     "start":   "A10 the FC layer starts no softer than CLIP's posterior: clip_scale",
 }
 VIEWS = 8           # (A1) of each image, for the first labels
@@ -424,7 +423,7 @@ def train_phase(job, number, round, students, weak, lesson, table):
     """The epochs of a phase, on views made by the transform weak. lesson: y and clean, (2, N) each,
     that are being taught: in phase 1 y and S*, then those of select_clean. table: of plain or (A1)
     weak views. Returns the table and the models after it."""
-    args, run, images, C = job.args, job.run, job.dataset.train, len(job.dataset.class_names)
+    args, run, images = job.args, job.run, job.dataset.train
     first = run.state["epoch"] if run.state else 0      # --resume
     views = [weak, weak] if number == 2 and args.gamma else [weak]      # Eq. 8 compares two
     loaders = [job.load(images.view(*views), shuffle=True, drop_last=True, epoch=first,
@@ -440,14 +439,14 @@ def train_phase(job, number, round, students, weak, lesson, table):
         phase.step, lesson, table = state["step"], state["lesson"], Table(*state["table"])
         job.added = set(state["added"])
     judge = number == 1                                 # in phase 2 its p_clean stands
-    crowds = number == 2 and {"gauss", "fresh"} <= job.added    # (A9) from a third of phase 2 on
+    crowds = number == 2 and {"gauss", "fresh"} <= job.added    # (A9) once in phase 1's features
+    if crowds and not first:                            # and from a third of phase 2 on
+        table = ask_density(job, students, table, 1 / 2, even=False)
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(weak), epoch=first, seed=4 * args.seed + number + 1000 * round)
     for epoch in range(first, epochs):
         if number > 1 and (epoch == 0 or number == 2 and "fresh" in job.added):     # (A3)
             lesson = select_clean(number, guess(job, table), table)
-            if crowds and 3 * epoch >= epochs:          # (A9) what both say counts as clean too
-                lesson = lesson[0], lesson[1] | (lesson[0][0] == lesson[0][1])
         y, clean = lesson                                                       # (2, N) each
         if args.shots:                                  # section 4.4: their true labels
             y[:, job.known], clean[:, job.known] = images.y_true[job.known], True
@@ -465,14 +464,8 @@ def train_phase(job, number, round, students, weak, lesson, table):
         share = (1.0, float(judge))                     # of the new p and p_clean in the table
         if "views" in job.added:                        # (A1) p: mean of this phase and of what it
             share = 1 / (epoch + 2), judge / (epoch + 1)        # began with; p_clean: of this phase
-        if crowds and 3 * (epoch + 1) >= epochs:        # (A9)
-            q, even = zip(*(
-                by_density(q, index, *features(job, me, index), C, "balance" in job.added)
-                for me, q, index in zip(phase.students, table.p, table.index)))
-            table = table._replace(p=table.p.lerp(torch.stack(q), share[0]))
-            if "balance" in job.added and not all(even):
-                job.added = job.added - {"balance"}
-                run.say("classes are not equally large: labels are no longer balanced (A2)")
+        if crowds and 3 * (epoch + 1) >= epochs:
+            table = ask_density(job, phase.students, table, share[0], "balance" in job.added)
         elif number < 3:
             table = predict(job, phase.students, looks, judge, table, share)
         run.report(phase=number, round=round + 1, epoch=epoch + 1, **means,
@@ -545,19 +538,35 @@ def by_density(q, index, p, f, C, even):
 
 @torch.no_grad()
 def features(job, model, index):
-    """What a model of phase 2 says of the training images: the softmax of the classes index (N, H),
-    and features (N, D), means over five crops of both. The features are all held at once, on the
-    GPU if it is CUDA's: 1.3 GB for 1.28 million images and D = 512."""
+    """What a model says of the training images: the softmax of the classes index (N, H), and
+    features (N, D), means over five crops of both. The features are all held at once, on the GPU if
+    it is CUDA's: 1.3 GB for 1.28 million images and D = 512."""
+    with job.autocast():
+        texts = model.texts(job.clip_model) if isinstance(model, Student) else None
     p, f = torch.zeros(index.shape), torch.zeros(
-        len(index), job.t0.shape[1], dtype=torch.half,
+        len(index), getattr(model, "visual", job.clip_model.visual).output_dim, dtype=torch.half,
         device=job.device if job.device.type == "cuda" else "cpu")
     for x, i in job.train:                                                      # (B, 3, R, R), (B,)
+        x = with_crops(x, 1.0)[len(i):]                                         # (5 B, 3, R, R)
         with job.autocast():
-            v, l_pos, _ = model(job.clip_model, with_crops(x, 1.0)[len(i):])    # (5 B, D), (5 B, C)
+            v, l_pos, _ = model(job.clip_model, x, texts)                       # (5 B, D), (5 B, C)
         now, v = (u.unflatten(0, (5, -1)).mean(dim=0)                           # (B, C), (B, D)
                   for u in (l_pos.softmax(dim=1), F.normalize(v, dim=1)))
         p[i], f[i] = now.cpu().gather(1, index[i].long()), v.to(f)
     return data.all_reduce_sum(p), data.all_reduce_sum(f)
+
+
+def ask_density(job, models, table, share, even):
+    """The table after the Gaussians' word: p moves towards their posterior by `share`, p_clean is
+    theirs. even: see by_density; if it does not hold, labels are no longer balanced (A2)."""
+    C = len(job.dataset.class_names)
+    q, holds = zip(*(by_density(p, index, *features(job, me, index), C, even)
+                     for me, p, index in zip(models, table.p, table.index)))
+    if even and not all(holds):
+        job.added = job.added - {"balance"}
+        job.run.say("classes are not equally large: labels are no longer balanced (A2)")
+    q = torch.stack(q)                                                          # (2, N, H)
+    return table._replace(p=table.p.lerp(q, share), p_clean=q)
 
 
 # ======== evaluation ========
