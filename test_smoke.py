@@ -1650,6 +1650,20 @@ def test_labels_by_density(sizes, fit, monkeypatch):    # (A9)
         assert torch.isfinite(q).all()
 
 
+@pytest.mark.parametrize("holds", [True, False])
+def test_density_speaks_in_the_table(holds, monkeypatch):     # (A9)
+    """p moves towards the Gaussians' posterior, p_clean is it; unequal classes end the balance."""
+    p, q = torch.rand(2, 2, 6, 3).softmax(dim=-1)
+    table = coft_plus.Table(p, torch.ones_like(p), torch.stack([all_classes(p[0])] * 2))
+    monkeypatch.setattr(coft_plus, "features", lambda job, model, index: (model, None))
+    monkeypatch.setattr(coft_plus, "by_density", lambda p, index, model, f, C, even: (model, holds))
+    job = SimpleNamespace(added={"balance", "gauss"}, run=SimpleNamespace(say=print),
+                          dataset=SimpleNamespace(class_names=["a", "b", "c"]))
+    found = coft_plus.ask_density(job, list(q), table, 1 / 4, True)
+    torch.testing.assert_close(found.p, 0.75 * p + 0.25 * q)
+    assert found.p_clean.equal(q) and ("balance" in job.added) == holds
+
+
 def job_and_students(model, script, *added):
     """(a job, its two students) for `start_phase` and `train_step`."""
     args = SimpleNamespace(peft="vpt", peft_size=2, ctx=0, lam=1.0, gamma=0.5, batch_size=4,
