@@ -1750,7 +1750,7 @@ def test_our_prompts_fit_their_data_sets():
 
 def test_without_its_parts_it_is_coft(little, tmp_path):
     off = ["--rounds", 1, "--gamma", 0, "--prompts", "", "--max-steps", 2]
-    assert run(tmp_path / "plus", *off, script=coft_plus) == 0
+    assert run(tmp_path / "plus", *off, "--recipe", "ours-gauss", script=coft_plus) == 0
     assert run(tmp_path / "coft", "--epochs1", 1, "--epochs2", 1, "--max-steps", 2) == 0
     (_, rows, _), (_, rows_plus, _) = read(tmp_path / "coft"), read(tmp_path / "plus")
     assert rows == rows_plus
