@@ -438,7 +438,7 @@ def train_phase(job, number, round, students, weak, lesson, table):
         state = run.restore(parts)
         phase.step, lesson, table = state["step"], state["lesson"], Table(*state["table"])
         job.added = set(state["added"])
-    judge = number == 1                                 # in phase 2 its p_clean stands
+    judge = number == 1                                 # in phase 2 its p_clean stands, or A9's
     crowds = number == 2 and {"gauss", "fresh"} <= job.added    # (A9) once in phase 1's features
     if crowds and not first:                            # and from a third of phase 2 on
         table = ask_density(job, students, table, 1 / 2, even=False)
@@ -821,7 +821,7 @@ def parse(argv=None):
     add("--shots", type=int, default=0, metavar="K", help="labelled images per class (%(default)s)")
     add("--student", metavar="ARCH|FILE", type=data.on_disk, help="another CLIP, whose image "
         "encoder learns last and predicts")
-    add("--epochs1", type=int, help="of each round of phase 1; 0: nothing is filtered")
+    add("--epochs1", type=int, help="of each round of phase 1; 0: V- judges nothing")
     add("--epochs2", type=int, help="of phase 2; 0 leaves it out; --student: twice as many")
     add("--lr1", type=float, help="of prompts and light modules")
     add("--lr2", type=float, help="of the image encoder")
