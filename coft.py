@@ -72,7 +72,7 @@ WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise w
 TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
 FEW = 4             # (A5) images a class from which nothing is learnt
-SETTINGS = {    # where no flag says otherwise: (tiny CLIPs, D < 512; OpenAI's models)
+SETTINGS = {    # where no flag says otherwise (two have none): (tiny CLIPs, D < 512; OpenAI's)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (6, 10), "epochs2": (4, 10)},
     "ours": {"k": (0.25, 0.25), "ctx": (0, 0), "peft_size": (4, 20), "lam": (1.0, 1.0),
@@ -252,13 +252,13 @@ class Student(nn.Module):
 
 class FullModel(nn.Module):
     """Section 3.2.2, Eq. (7): one of the two models of phase 2, a fresh image encoder and an FC
-    layer W v + b on its features v, as they are. W starts at t0 (C, D), the zero-shot texts, (A10)
+    layer W v + b on its features v, as they are. W starts at W0 (C, D), the zero-shot texts, (A10)
     times clip_scale; b at 0. The student of phase 1, frozen, goes on judging."""
-    def __init__(self, clip_model, t0, student):
+    def __init__(self, clip_model, W0, student):
         super().__init__()
         self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
-        self.fc = nn.Linear(*reversed(t0.shape), device=t0.device)
-        self.fc.weight.data.copy_(t0)
+        self.fc = nn.Linear(*reversed(W0.shape), device=W0.device)
+        self.fc.weight.data.copy_(W0)
         self.fc.bias.data.zero_()
         self.judge = student.requires_grad_(False)
 
@@ -314,7 +314,7 @@ def start_phase(job, number, students, steps):
     """What learns in a phase of so many steps: students, optimiser."""
     args = job.args
     if number > 1:
-        students = nn.ModuleList(FullModel(job.full, job.t0, me) for me in students)
+        students = nn.ModuleList(FullModel(job.full, job.W0, me) for me in students)
     if "adam" in job.added:                                                     # (A4)
         groups = [g for student in students for g in student.param_groups(args.lr1, args.lr2)]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=job.device.type == "cuda")
@@ -368,13 +368,13 @@ def part_way(job, models, steps):
     labels are learnt by heart. Returns how far they stay from it, 1: all the way."""
     each = len(job.dataset.train) / len(job.dataset.class_names)
     enough = 1.0 if job.args.shots else min(1.0, max(0.0, (each - FEW) / 2))
-    share = enough * min(1.0, steps / WHOLE)
+    far = enough * min(1.0, steps / WHOLE)
     for me in models:
-        for v, v0 in zip(me.parameters(), FullModel(job.full, job.t0, me.judge).parameters()):
-            v.copy_(v0.lerp(v, share))
-    job.run.say(f"{steps} steps, {each:.0f} images a class: the encoders go {100 * share:.0f} % of "
+        for v, v0 in zip(me.parameters(), FullModel(job.full, job.W0, me.judge).parameters()):
+            v.copy_(v0.lerp(v, far))
+    job.run.say(f"{steps} steps, {each:.0f} images a class: the encoders go {100 * far:.0f} % of "
                 "the way")
-    return share
+    return far
 
 
 def train_phase(job, number, students, weak, lesson, table):
@@ -394,7 +394,7 @@ def train_phase(job, number, students, weak, lesson, table):
     if run.state:
         state = run.restore(parts)
         phase.step, lesson, table = state["step"], state["lesson"], Table(*state["table"])
-    judge = number == 1                                 # in phase 2 its p_clean stands
+    verdict = number == 1                                 # in phase 2 its p_clean stands
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(weak), epoch=first, seed=4 * args.seed + number)
     for epoch in range(first, epochs):
@@ -413,14 +413,14 @@ def train_phase(job, number, students, weak, lesson, table):
                                  f"phase {number} epoch {epoch + 1}/{epochs}", steps - phase.step):
             run.rows.append(train_step(job, phase, batches, y, clean))
         means = run.means(f"--lr{min(number, 2)}")
-        share = (1.0, float(judge))                     # of the new p and p_clean in the table
+        rate = (1.0, float(verdict))                    # of the new p and p_clean in the table
         if "views" in job.added:                        # (A1) p: mean of this phase and of what it
-            share = 1 / (epoch + 2), judge / (epoch + 1)        # began with; p_clean: of this phase
+            rate = 1 / (epoch + 2), verdict / (epoch + 1)       # began with; p_clean: of this phase
         if number < 3:                                  # (A7) phase 3 keeps its table
-            table = predict(job, phase.students, looks, judge, table, share)
+            table = predict(job, phase.students, looks, verdict, table, rate)
         run.report(phase=number, epoch=epoch + 1, **means,
                    accuracy=test_accuracy(job, phase.students),
-                   **diagnostics(table, lesson, judge, images.y_true))
+                   **diagnostics(table, lesson, verdict, images.y_true))
         run.checkpoint(parts, phase=number, epoch=epoch + 1, step=phase.step, table=tuple(table),
                        lesson=lesson)
     if number > 1:
@@ -445,14 +445,14 @@ class ZeroShot:
 
 
 @torch.no_grad()
-def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=TOP, mean=False,
+def predict(job, models, loader, verdict=True, before=None, rate=(1.0, 1.0), top=TOP, mean=False,
             crops=0):
     """The `Table` of all images, on the CPU: softmax, p_clean of the models' judges (1 if not
-    judge); mean: one table, of their means; crops: the share of over_views. before: the last table,
-    which moves towards the new one by `share` of (p, p_clean)."""
+    verdict); mean: one table, of their means; crops: the share of over_views. before: the last
+    table, which moves towards the new one at the `rate` of (p, p_clean)."""
     judges = [getattr(me, "judge", me) for me in models]                        # phase 1: itself
     with job.autocast():                                                        # (C, D) each
-        texts = [its.texts(job.clip_model) if judge or me is its else None
+        texts = [its.texts(job.clip_model) if verdict or me is its else None
                  for me, its in zip(models, judges)]
     M, C = 1 if mean else len(models), len(job.dataset.class_names)
     p, p_clean = torch.zeros(2, M, loader.N, min(C, top))                       # (M, N, H) each
@@ -463,16 +463,16 @@ def predict(job, models, loader, judge=True, before=None, share=(1.0, 1.0), top=
             with job.autocast():
                 _, l_pos, l_neg = me(job.clip_model, x, t)                      # (V B, C) each
                 new = l_pos.softmax(dim=1)
-                if judge and me is not its:
+                if verdict and me is not its:
                     _, l_pos, l_neg = its(job.clip_model, x, t)
-            clean = log_p_clean(l_pos, l_neg)[0].exp() if judge else torch.ones_like(new)
+            clean = log_p_clean(l_pos, l_neg)[0].exp() if verdict else torch.ones_like(new)
             says.append(torch.stack([over_views(v, len(i), crops) for v in (new, clean)]).cpu())
         says = torch.stack(says)                                                # (M, 2, B, C)
         for m, (new, clean) in enumerate(says.mean(dim=0, keepdim=True) if mean else says):
             if before:
                 new, clean = (                                                  # (B, C) each
                     torch.zeros(len(i), C).scatter(1, before.index[m, i].long(), old[m, i])
-                    .lerp(now, a) for old, now, a in zip(before[:2], (new, clean), share))
+                    .lerp(now, a) for old, now, a in zip(before[:2], (new, clean), rate))
             best = new.topk(p.shape[2]).indices.sort().values                   # (B, H)
             p[m, i], p_clean[m, i] = new.gather(1, best), clean.gather(1, best)
             index[m, i] = best.int()
@@ -483,15 +483,15 @@ def test_accuracy(job, models):
     """Percent of the plain test images, or None if their labels are not known."""
     if job.dataset.test.y_true is None:
         return None
-    table = predict(job, models, job.test, judge=False, mean=True)
+    table = predict(job, models, job.test, verdict=False, mean=True)
     return data.accuracy(labels_of(table.p, table.index)[0], job.dataset.test.y_true)
 
 
-def diagnostics(table, lesson, judge, y_true):
+def diagnostics(table, lesson, verdict, y_true):
     """How good the filter is, means over both students. Of the labels just learnt from: kept, the
     share that is clean; unfiltered and precision, how many are right of all and of the clean ones.
     Of those that each student would give now (before A2): shared_errors, how many of the first
-    one's wrong labels the second one gives too; if p_clean is of now (judge), auroc of the peer's
+    one's wrong labels the second one gives too; if p_clean is of now (verdict), auroc of the peer's
     p_clean and, of the same peer and labels, auroc_softmax."""
     y, clean = lesson                                                   # (2, N) each
     facts = {"kept": clean.double().mean()}
@@ -500,7 +500,7 @@ def diagnostics(table, lesson, judge, y_true):
         wrong = labels[0] != y_true                                     # (N,)
         facts |= {"precision": right[clean].double().mean(), "unfiltered": right.double().mean(),
                   "shared_errors": (labels[0] == labels[1])[wrong].double().mean()}
-        for key, v in (("auroc", table.p_clean), ("auroc_softmax", table.p)) if judge else ():
+        for key, v in (("auroc", table.p_clean), ("auroc_softmax", table.p)) if verdict else ():
             given = at(v.flip(0), table.index.flip(0), labels)          # (2, N)
             facts[key] = sum(data.auroc(a, k == y_true) for a, k in zip(given, labels)) / 2
     return {k: None if math.isnan(v) else round(float(v), 4) for k, v in facts.items()}
@@ -579,7 +579,7 @@ def adapt(args):
     job.added = added
     run, dataset, clip_model, names = job.run, job.dataset, job.clip_model, job.dataset.class_names
     # job has args, run, device, dataset, clip_model, load (batches of a view); here it also gets
-    # added, autocast, scaler, crops (A6), full, t0 (phase 2 starts from them), known (--shots)
+    # added, autocast, scaler, crops (A6), full, W0 (where W of Eq. 7 starts), known (--shots)
     # mixed precision: weights stay fp32; fp16's small gradients need their loss scaled
     job.autocast = partial(torch.autocast, job.device.type, job.amp_dtype,
                            enabled=job.amp_dtype is not None, cache_enabled=False)  # --compile
@@ -621,7 +621,7 @@ def adapt(args):
         if done or number > 1 and not args.epochs2:
             continue
         scale = clip_scale(job) if number > 1 and "start" in added else 1.0     # (A10)
-        job.t0 = scale * starts[job.full]
+        job.W0 = scale * starts[job.full]
         if number == 3 and not run.state:
             table = predict(job, models, job.train, crops=job.crops)            # (2, N, H) each
         table, models = train_phase(job, number, students, weak, labels, table)

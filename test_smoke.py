@@ -1262,7 +1262,7 @@ def test_part_way(frozen, monkeypatch, capsys):         # (A5)
     monkeypatch.setattr(coft, "WHOLE", 300)
     for steps, each, shots, share in ((30, 60, 0, 0.1), (300, 6, 0, 1.0), (900, 5, 0, 0.5),
                                       (900, 4, 0, 0.0), (900, 4, 1, 1.0)):
-        job = SimpleNamespace(full=frozen, t0=t0, run=run, args=SimpleNamespace(shots=shots),
+        job = SimpleNamespace(full=frozen, W0=t0, run=run, args=SimpleNamespace(shots=shots),
                               dataset=SimpleNamespace(train=range(3 * each), class_names="abc"))
         model = coft.FullModel(frozen, t0, student_of(frozen))
         start = {k: v.clone() for k, v in model.state_dict().items()}
@@ -1672,7 +1672,7 @@ def job_and_students(model, script, *added):
                                    for _ in range(2))
     return SimpleNamespace(
         clip_model=model, args=args, added=set(added), autocast=nullcontext, full=model,
-        scaler=torch.amp.GradScaler(enabled=False), device=torch.device("cpu"), t0=unit(10, 64),
+        scaler=torch.amp.GradScaler(enabled=False), device=torch.device("cpu"), W0=unit(10, 64),
         dataset=SimpleNamespace(class_names=shapes.SHAPES, train=range(8))), students
 
 

@@ -144,7 +144,7 @@ def a_job(o):
 
 def two_models(script, phase, o):
     job, plus, N = a_job(o), script is coft_plus, 4 * o.B
-    job.t0 = F.normalize(torch.randn(o.C, o.model.visual.output_dim, device=o.device), dim=1)
+    job.W0 = F.normalize(torch.randn(o.C, o.model.visual.output_dim, device=o.device), dim=1)
     job.full = o.model
     students = nn.ModuleList(script.Student(o.model, o.names, TEMPLATE, job.args)
                              for _ in range(2)).to(o.device)
