@@ -17,12 +17,12 @@ and a whole image encoder learns from the rest. `--recipe paper` is this, as pub
     prediction = mean of the two students' softmax                                      our choice
 
 `--recipe ours`, the default, adds the entries of the table ADDITIONS, marked (A1) ... Most is
-won by three: labels are means over many random views of an image, balanced over classes; what is
-predicted is a mean over five crops, the less the fewer the steps.
+won by three: labels are means over many random views of an image (A1), balanced over the classes
+(A2); predictions are means over five crops of it (A6). (A8) and (A9) are in coft_plus.py.
 
 Equation numbers are the paper's. B batch, C classes, D embedding, H classes in a `Table`, L context
-tokens, M models, N images, T tokens of a text, W width; tau = exp(logit_scale); f and t are unit
-vectors.
+tokens, M models, N images, T tokens of a text, W width, but W v + b: the FC layer; tau =
+exp(logit_scale); f and t are unit vectors, t0 the zero-shot texts; V+, V- the two prompts.
 
 Run:  python coft.py                                    the demo, offline; 2 minutes on two cores
       python coft.py --data ./oxford_pets               real data with OpenAI's CLIP: not measured
@@ -35,7 +35,7 @@ from; CoOp's templates, in V+ and V- too; random words as large as CLIP's; stude
 and complements too; a class that is nobody's guess takes its likeliest images; W starts at t0;
 warm-up, cosine, weight decay 5e-4 (A4: 0.01 for the encoder, none elsewhere); weak views; V- learns
 ten times as fast as V+ in A4. --shots is the paper's 4.4: half of a batch in phase 1, then
-sqrt(K) / 16 of it. --student is 4.5: that CLIP learns in phase 2; (A7) in a third, twice as long.
+sqrt(shots) / 16. --student is 4.5: that CLIP learns in phase 2; (A7) in a third, twice as long.
 """
 import argparse
 import copy
@@ -72,7 +72,7 @@ WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise w
 TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
 FEW = 4             # (A5) images a class from which nothing is learnt
-SETTINGS = {    # where no flag says otherwise (two have none): (tiny CLIPs, D < 512; OpenAI's)
+SETTINGS = {    # for flags not given, lam and peft_size: (tiny CLIPs, D < 512; OpenAI's models)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (6, 10), "epochs2": (4, 10)},
     "ours": {"k": (0.25, 0.25), "ctx": (0, 0), "peft_size": (4, 20), "lam": (1.0, 1.0),
@@ -252,7 +252,7 @@ class Student(nn.Module):
 
 class FullModel(nn.Module):
     """Section 3.2.2, Eq. (7): one of the two models of phase 2, a fresh image encoder and an FC
-    layer W v + b on its features v, as they are. W starts at W0 (C, D), the zero-shot texts, (A10)
+    layer W v + b on its unnormalised features v. W starts at W0 (C, D), the zero-shot texts, (A10)
     times clip_scale; b at 0. The student of phase 1, frozen, goes on judging."""
     def __init__(self, clip_model, W0, student):
         super().__init__()
@@ -307,7 +307,7 @@ def total_loss(job, number, l_pos, l_neg, target):
 
 def warm_cosine(step, total):
     """Learning rate factor: linear warm-up over a tenth, then half a cosine."""
-    return min(1, (step + 1) / (0.1 * total + 1), 0.5 + 0.5 * math.cos(math.pi * step / total))
+    return min((step + 1) / (0.1 * total + 1), 0.5 + 0.5 * math.cos(math.pi * step / total))
 
 
 def start_phase(job, number, students, steps):
@@ -332,12 +332,12 @@ def train_step(job, phase, batches, y, clean):
     Returns what the log shows."""
     scale, losses, C = job.scaler.get_scale(), [], len(job.dataset.class_names)
     phase.optimizer.zero_grad()
-    for me, (x, i) in enumerate(batches):                                       # x (B, 3, R, R)
+    for m, (x, i) in enumerate(batches):                                        # x (B, 3, R, R)
         i = data.gather(i)                              # of all processes
-        y_bar = complementary_labels(y[me, i], C)                               # (B,)
-        target = [v.to(job.device) for v in (y[me, i], clean[me, i], y_bar)]
+        y_bar = complementary_labels(y[m, i], C)                               # (B,)
+        target = [v.to(job.device) for v in (y[m, i], clean[m, i], y_bar)]
         with job.autocast():
-            _, *l = phase.forward[me](job.clip_model, x)                        # l+, l- (B, C)
+            _, *l = phase.forward[m](job.clip_model, x)                        # l+, l- (B, C)
         loss = total_loss(job, phase.number, *map(data.gather, l), target)
         job.scaler.scale(data.world_size() * loss).backward()       # DDP takes the mean
         losses.append(loss.detach())
@@ -352,7 +352,7 @@ def train_step(job, phase, batches, y, clean):
 
 @torch.no_grad()
 def clip_scale(job):
-    """(A10) tau / |v|, a mean over images, at least 1: so many times t0, W makes softmax(W v) as
+    """(A10) tau / mean |v| over the images, at least 1: so many times t0, W makes softmax(W v) as
     sharp as CLIP's posterior. A softer one lets all labels, wrong ones too, turn the encoder."""
     length = torch.zeros(job.train.N)
     for x, i in job.train:                                                      # (B, 3, R, R), (B,)
@@ -364,8 +364,8 @@ def clip_scale(job):
 @torch.no_grad()
 def part_way(job, models, steps):
     """(A5) Moves the models of phase 2 back towards their start, weight by weight (WiSE-FT, arXiv
-    2109.01903): in few steps, or from four images a class, which are all among the surest, wrong
-    labels are learnt by heart. Returns how far they stay from it, 1: all the way."""
+    2109.01903): in few steps, or from few images a class (four: no way at all, six: all of it),
+    wrong labels are learnt by heart. Returns how far they stay from it, 1: all the way."""
     each = len(job.dataset.train) / len(job.dataset.class_names)
     enough = 1.0 if job.args.shots else min(1.0, max(0.0, (each - FEW) / 2))
     far = enough * min(1.0, steps / WHOLE)
@@ -394,7 +394,7 @@ def train_phase(job, number, students, weak, lesson, table):
     if run.state:
         state = run.restore(parts)
         phase.step, lesson, table = state["step"], state["lesson"], Table(*state["table"])
-    verdict = number == 1                                 # in phase 2 its p_clean stands
+    verdict = number == 1                               # later phase 1's p_clean stands
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(weak), epoch=first, seed=4 * args.seed + number)
     for epoch in range(first, epochs):
@@ -447,34 +447,34 @@ class ZeroShot:
 @torch.no_grad()
 def predict(job, models, loader, verdict=True, before=None, rate=(1.0, 1.0), top=TOP, mean=False,
             crops=0):
-    """The `Table` of all images, on the CPU: softmax, p_clean of the models' judges (1 if not
-    verdict); mean: one table, of their means; crops: the share of over_views. before: the last
-    table, which moves towards the new one at the `rate` of (p, p_clean)."""
+    """The `Table` of all images, on the CPU: softmax and, if verdict, their judges' p_clean (else
+    1); mean: one table, of their means; crops: the share of over_views. before: the last table,
+    which moves towards the new one at the `rate` of (p, p_clean)."""
     judges = [getattr(me, "judge", me) for me in models]                        # phase 1: itself
     with job.autocast():                                                        # (C, D) each
-        texts = [its.texts(job.clip_model) if verdict or me is its else None
-                 for me, its in zip(models, judges)]
+        texts = [judge.texts(job.clip_model) if verdict or me is judge else None
+                 for me, judge in zip(models, judges)]
     M, C = 1 if mean else len(models), len(job.dataset.class_names)
     p, p_clean = torch.zeros(2, M, loader.N, min(C, top))                       # (M, N, H) each
     index = torch.zeros(p.shape, dtype=torch.int32)
     for x, i in loader:                                                         # (B, 3, R, R), (B,)
         x, says = with_crops(x, crops), []                                      # (V B, 3, R, R)
-        for me, its, t in zip(models, judges, texts):
+        for me, judge, t in zip(models, judges, texts):
             with job.autocast():
                 _, l_pos, l_neg = me(job.clip_model, x, t)                      # (V B, C) each
                 new = l_pos.softmax(dim=1)
-                if verdict and me is not its:
-                    _, l_pos, l_neg = its(job.clip_model, x, t)
+                if verdict and me is not judge:
+                    _, l_pos, l_neg = judge(job.clip_model, x, t)
             clean = log_p_clean(l_pos, l_neg)[0].exp() if verdict else torch.ones_like(new)
             says.append(torch.stack([over_views(v, len(i), crops) for v in (new, clean)]).cpu())
         says = torch.stack(says)                                                # (M, 2, B, C)
-        for m, (new, clean) in enumerate(says.mean(dim=0, keepdim=True) if mean else says):
-            if before:
-                new, clean = (                                                  # (B, C) each
-                    torch.zeros(len(i), C).scatter(1, before.index[m, i].long(), old[m, i])
-                    .lerp(now, a) for old, now, a in zip(before[:2], (new, clean), rate))
-            best = new.topk(p.shape[2]).indices.sort().values                   # (B, H)
-            p[m, i], p_clean[m, i] = new.gather(1, best), clean.gather(1, best)
+        for m, new in enumerate(says.mean(dim=0, keepdim=True) if mean else says):
+            if before:                                                          # new (2, B, C)
+                old, k = torch.stack([v[m, i] for v in before[:2]]), before.index[m, i].long()
+                old = torch.zeros_like(new).scatter(2, k.expand_as(old), old)
+                new = old.lerp(new, torch.tensor(rate)[:, None, None])
+            best = new[0].topk(p.shape[2]).indices.sort().values                # (B, H)
+            p[m, i], p_clean[m, i] = new.gather(2, best.expand(2, -1, -1))
             index[m, i] = best.int()
     return Table(*map(data.all_reduce_sum, (p, p_clean, index)))
 
@@ -607,9 +607,9 @@ def adapt(args):
     for n in range(views):
         table = predict(job, [ZeroShot(t0)], looks, False, table, (1 / (n + 1), 1.0))
     table = Table(*(torch.cat([v, v]) for v in table))                          # both students'
-    K = math.ceil(args.k if args.k >= 1 else max(16, args.k * looks.N / len(names)))
+    K = math.ceil(args.k if args.k >= 1 else max(16, args.k * len(dataset.train) / len(names)))
     y, confident = pseudo_labels(guess(job, table)[0], table.index[0], len(names), K)   # (N,) each
-    labels = torch.stack([y, y]), torch.stack([confident, confident])           # for both students
+    lesson = torch.stack([y, y]), torch.stack([confident, confident])           # for both students
 
     # two students, which differ in their random numbers, learn from each other
     students = nn.ModuleList(Student(clip_model, names, dataset.templates[0], args)
@@ -624,7 +624,7 @@ def adapt(args):
         job.W0 = scale * starts[job.full]
         if number == 3 and not run.state:
             table = predict(job, models, job.train, crops=job.crops)            # (2, N, H) each
-        table, models = train_phase(job, number, students, weak, labels, table)
+        table, models = train_phase(job, number, students, weak, lesson, table)
         if args.epochs1:                                # without, nobody judges
             y = labels_of(guess(job, table)[0], table.index[0])                 # (N,)
             data.pseudo_label_sheet(run.out / "pseudo_labels.png", dataset.train, names, y,

@@ -66,7 +66,7 @@ TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
 FEW = 4             # (A5) images a class from which nothing is learnt
 FIT = 2**17         # (A9) to so many images, at most twice as many, Gaussians are fitted
-SETTINGS = {    # where no flag says otherwise (two have none): (tiny CLIPs, D < 512; OpenAI's)
+SETTINGS = {    # for flags not given, lam and peft_size: (tiny CLIPs, D < 512; OpenAI's models)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (4, 10), "epochs2": (4, 10),
               "gamma": (0.1, 0.1), "rounds": (3, 3)},
@@ -274,7 +274,7 @@ class Student(nn.Module):
 
 class FullModel(nn.Module):
     """Section 3.2.2, Eq. (7): one of the two models of phase 2, a fresh image encoder and an FC
-    layer W v + b on its features v, as they are. W starts at W0 (C, D), the zero-shot texts, (A10)
+    layer W v + b on its unnormalised features v. W starts at W0 (C, D), the zero-shot texts, (A10)
     times clip_scale; b at 0. The student of phase 1, frozen, goes on judging."""
     def __init__(self, clip_model, W0, student):
         super().__init__()
@@ -337,7 +337,7 @@ def total_loss(job, number, l_pos, l_neg, target):
 
 def warm_cosine(step, total):
     """Learning rate factor: linear warm-up over a tenth, then half a cosine."""
-    return min(1, (step + 1) / (0.1 * total + 1), 0.5 + 0.5 * math.cos(math.pi * step / total))
+    return min((step + 1) / (0.1 * total + 1), 0.5 + 0.5 * math.cos(math.pi * step / total))
 
 
 def start_phase(job, number, students, steps):
@@ -365,15 +365,15 @@ def train_step(job, phase, batches, y, clean):
     see train_phase. Returns what the log shows."""
     scale, losses, C = job.scaler.get_scale(), [], len(job.dataset.class_names)
     phase.optimizer.zero_grad()
-    for me, (x, *x_key, i) in enumerate(batches):                               # x (B, 3, R, R)
+    for m, (x, *x_key, i) in enumerate(batches):                                # x (B, 3, R, R)
         i = data.gather(i)                              # of all processes
-        y_bar = complementary_labels(y[me, i], C)                               # (B,)
-        target = [v.to(job.device) for v in (y[me, i], clean[me, i], y_bar)]
+        y_bar = complementary_labels(y[m, i], C)                               # (B,)
+        target = [v.to(job.device) for v in (y[m, i], clean[m, i], y_bar)]
         with job.autocast():
-            v, *l = phase.forward[me](job.clip_model, x)                # (B, D); l+, l- (B, C)
+            v, *l = phase.forward[m](job.clip_model, x)                # (B, D); l+, l- (B, C)
         loss = total_loss(job, phase.number, *map(data.gather, l), target)
         if phase.keys:                                  # Eq. 8-10; keys have no gradient
-            keys = phase.keys[me]
+            keys = phase.keys[m]
             with torch.no_grad(), job.autocast():
                 k = keys.visual(*x_key).float()                                 # (B, D)
             q, k = (F.normalize(data.gather(u), dim=-1) for u in (v, k))
@@ -394,7 +394,7 @@ def train_step(job, phase, batches, y, clean):
 
 @torch.no_grad()
 def clip_scale(job):
-    """(A10) tau / |v|, a mean over images, at least 1: so many times t0, W makes softmax(W v) as
+    """(A10) tau / mean |v| over the images, at least 1: so many times t0, W makes softmax(W v) as
     sharp as CLIP's posterior. A softer one lets all labels, wrong ones too, turn the encoder."""
     length = torch.zeros(job.train.N)
     for x, i in job.train:                                                      # (B, 3, R, R), (B,)
@@ -406,8 +406,8 @@ def clip_scale(job):
 @torch.no_grad()
 def part_way(job, models, steps):
     """(A5) Moves the models of phase 2 back towards their start, weight by weight (WiSE-FT, arXiv
-    2109.01903): in few steps, or from four images a class, which are all among the surest, wrong
-    labels are learnt by heart. Returns how far they stay from it, 1: all the way."""
+    2109.01903): in few steps, or from few images a class (four: no way at all, six: all of it),
+    wrong labels are learnt by heart. Returns how far they stay from it, 1: all the way."""
     each = len(job.dataset.train) / len(job.dataset.class_names)
     enough = 1.0 if job.args.shots else min(1.0, max(0.0, (each - FEW) / 2))
     far = enough * min(1.0, steps / WHOLE)
@@ -438,9 +438,9 @@ def train_phase(job, number, round, students, weak, lesson, table):
         state = run.restore(parts)
         phase.step, lesson, table = state["step"], state["lesson"], Table(*state["table"])
         job.added = set(state["added"])
-    verdict = number == 1                                 # in phase 2 its p_clean stands, or A9's
-    crowds = number == 2 and {"gauss", "fresh"} <= job.added    # (A9) once in phase 1's features
-    if crowds and not first:                            # and from a third of phase 2 on
+    verdict = number == 1                               # later phase 1's p_clean stands, or A9's
+    density = number == 2 and {"gauss", "fresh"} <= job.added                   # (A9)
+    if density and not first:                           # once in the features of phase 1,
         table = ask_density(job, students, table, 1 / 2, even=False)
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(weak), epoch=first, seed=4 * args.seed + number + 1000 * round)
@@ -464,7 +464,7 @@ def train_phase(job, number, round, students, weak, lesson, table):
         rate = (1.0, float(verdict))                    # of the new p and p_clean in the table
         if "views" in job.added:                        # (A1) p: mean of this phase and of what it
             rate = 1 / (epoch + 2), verdict / (epoch + 1)       # began with; p_clean: of this phase
-        if crowds and 3 * (epoch + 1) >= epochs:
+        if density and 3 * (epoch + 1) >= epochs:       # then in those of phase 2
             table = ask_density(job, phase.students, table, rate[0], "balance" in job.added)
         elif number < 3:
             table = predict(job, phase.students, looks, verdict, table, rate)
@@ -497,37 +497,37 @@ def gaussians(f, q, index, C):
     cov = cov / N - (mean * size / N).T @ mean
     ball = cov.diagonal().mean().clamp(min=1e-5 * (N + D) / D) * torch.eye(D, device=device)
     root = torch.linalg.cholesky(cov.lerp(ball, D / (N + D)))   # the fewer images, the rounder
-    mean = torch.linalg.solve_triangular(root, mean.T, upper=False)             # (D, C)
+    white = torch.linalg.solve_triangular(root, mean.T, upper=False)            # (D, C)
 
     def log_density(f, index):
         found = []
         for v, k in zip(f.split(2048), index.split(2048)):                      # (B, D), (B, H)
             v = torch.linalg.solve_triangular(root, v.float().T, upper=False).T     # (B, D)
-            squares = v.square().sum(dim=1, keepdim=True) + mean.square().sum(dim=0)    # (B, C)
-            found.append((v @ mean - squares / 2).gather(1, k.long().to(device)).cpu())
+            squares = v.square().sum(dim=1, keepdim=True) + white.square().sum(dim=0)   # (B, C)
+            found.append((v @ white - squares / 2).gather(1, k.long().to(device)).cpu())
         return torch.cat(found) - root.diagonal().log().sum().cpu()
     return log_density
 
 
 def by_density(q, index, p, f, C, even):
     """A student's labels by its posterior p times the density of the features f (see `features`).
-    Three steps of EM from the table's q fit the Gaussians, to every n-th image of a large folder.
-    If even, the classes are held to the same size (A2), unless that costs more than 1 nat of
-    likelihood an image: then the folder is not balanced. q, index, p (N, H), f (N, D). Returns q
-    (N, H), and whether even holds."""
+    Three steps of EM from q, the table's posterior, fit the Gaussians, to every n-th image of a
+    large folder. If even, the classes are held to the same size (A2), unless that costs more than 1
+    nat of likelihood an image: then the folder is not balanced. q, index, p (N, H), f (N, D).
+    Returns the new q (N, H), and whether even holds."""
     n = max(1, len(f) // FIT)
 
-    def posterior(prior, d, index, even):
+    def posterior(prior, d, index, held):
         p = (prior.clamp(min=1e-9).log() + d).softmax(dim=1)                    # (N, H)
-        return balanced(p, index, C) if even else p
+        return balanced(p, index, C) if held else p
 
-    def em(even):
+    def em(held):
         some = index[::n]                                                       # (N / n, H)
-        now = posterior(q[::n], 0.0, some, even)
+        now = posterior(q[::n], 0.0, some, held)
         for _ in range(3):
             log_density = gaussians(f[::n], now, some, C)
             d = log_density(f[::n], some)                                       # (N / n, H)
-            now = posterior(p[::n], d, some, even)
+            now = posterior(p[::n], d, some, held)
         return log_density, float(d.logsumexp(dim=1).mean())
 
     fits = {held: em(held) for held in {False, even}}
@@ -560,8 +560,8 @@ def ask_density(job, models, table, rate, even):
     """The table after the Gaussians' word: p moves towards their posterior at `rate`, p_clean is
     theirs. even: see by_density; if it does not hold, labels are no longer balanced (A2)."""
     C = len(job.dataset.class_names)
-    q, holds = zip(*(by_density(p, index, *features(job, me, index), C, even)
-                     for me, p, index in zip(models, table.p, table.index)))
+    q, holds = zip(*(by_density(q, index, *features(job, me, index), C, even)
+                     for me, q, index in zip(models, table.p, table.index)))
     if even and not all(holds):
         job.added = job.added - {"balance"}
         job.run.say("classes are not equally large: labels are no longer balanced (A2)")
@@ -587,34 +587,34 @@ class ZeroShot:
 @torch.no_grad()
 def predict(job, models, loader, verdict=True, before=None, rate=(1.0, 1.0), top=TOP, mean=False,
             crops=0):
-    """The `Table` of all images, on the CPU: softmax, p_clean of the models' judges (1 if not
-    verdict); mean: one table, of their means; crops: the share of over_views. before: the last
-    table, which moves towards the new one at the `rate` of (p, p_clean)."""
+    """The `Table` of all images, on the CPU: softmax and, if verdict, their judges' p_clean (else
+    1); mean: one table, of their means; crops: the share of over_views. before: the last table,
+    which moves towards the new one at the `rate` of (p, p_clean)."""
     judges = [getattr(me, "judge", me) for me in models]                        # phase 1: itself
     with job.autocast():                                                        # (C, D) each
-        texts = [its.texts(job.clip_model) if verdict or me is its else None
-                 for me, its in zip(models, judges)]
+        texts = [judge.texts(job.clip_model) if verdict or me is judge else None
+                 for me, judge in zip(models, judges)]
     M, C = 1 if mean else len(models), len(job.dataset.class_names)
     p, p_clean = torch.zeros(2, M, loader.N, min(C, top))                       # (M, N, H) each
     index = torch.zeros(p.shape, dtype=torch.int32)
     for x, i in loader:                                                         # (B, 3, R, R), (B,)
         x, says = with_crops(x, crops), []                                      # (V B, 3, R, R)
-        for me, its, t in zip(models, judges, texts):
+        for me, judge, t in zip(models, judges, texts):
             with job.autocast():
                 _, l_pos, l_neg = me(job.clip_model, x, t)                      # (V B, C) each
                 new = l_pos.softmax(dim=1)
-                if verdict and me is not its:
-                    _, l_pos, l_neg = its(job.clip_model, x, t)
+                if verdict and me is not judge:
+                    _, l_pos, l_neg = judge(job.clip_model, x, t)
             clean = log_p_clean(l_pos, l_neg)[0].exp() if verdict else torch.ones_like(new)
             says.append(torch.stack([over_views(v, len(i), crops) for v in (new, clean)]).cpu())
         says = torch.stack(says)                                                # (M, 2, B, C)
-        for m, (new, clean) in enumerate(says.mean(dim=0, keepdim=True) if mean else says):
-            if before:
-                new, clean = (                                                  # (B, C) each
-                    torch.zeros(len(i), C).scatter(1, before.index[m, i].long(), old[m, i])
-                    .lerp(now, a) for old, now, a in zip(before[:2], (new, clean), rate))
-            best = new.topk(p.shape[2]).indices.sort().values                   # (B, H)
-            p[m, i], p_clean[m, i] = new.gather(1, best), clean.gather(1, best)
+        for m, new in enumerate(says.mean(dim=0, keepdim=True) if mean else says):
+            if before:                                                          # new (2, B, C)
+                old, k = torch.stack([v[m, i] for v in before[:2]]), before.index[m, i].long()
+                old = torch.zeros_like(new).scatter(2, k.expand_as(old), old)
+                new = old.lerp(new, torch.tensor(rate)[:, None, None])
+            best = new[0].topk(p.shape[2]).indices.sort().values                # (B, H)
+            p[m, i], p_clean[m, i] = new.gather(2, best.expand(2, -1, -1))
             index[m, i] = best.int()
     return Table(*map(data.all_reduce_sum, (p, p_clean, index)))
 
@@ -776,7 +776,7 @@ def adapt(args):
     for n in range(views):
         table = predict(job, [ZeroShot(t0)], looks, False, table, (1 / (n + 1), 1.0))
     table = Table(*(torch.cat([v, v]) for v in table))                          # both students'
-    job.K = math.ceil(args.k if args.k >= 1 else max(16, args.k * looks.N / len(names)))
+    job.K = math.ceil(args.k if args.k >= 1 else max(16, args.k * len(dataset.train) / len(names)))
 
     # two students, which differ in their random numbers, learn from each other
     phases = [(1, round) for round in range(args.rounds)] + [(2, 0)]
@@ -787,7 +787,7 @@ def adapt(args):
         if number == 1:                                 # section 3.3.1: each round starts anew
             students = nn.ModuleList(Student(clip_model, names, dataset.templates[0], args)
                                      for _ in range(2)).to(job.device)
-            labels = next_labels(job, table)            # (2, N) each; --resume has others
+            lesson = next_labels(job, table)            # (2, N) each; --resume has others
         done = run.state and (run.state["phase"], run.state["round"]) > (number, round)
         if done or number > 1 and not args.epochs2:
             continue
@@ -795,8 +795,8 @@ def adapt(args):
         job.W0 = scale * starts[job.full]
         if number == 3 and not run.state:
             table = predict(job, models, job.train, crops=job.crops)            # (2, N, H) each
-        table, models = train_phase(job, number, round, students, weak, labels, table)
-        if args.epochs1:                                # without, nobody judges
+        table, models = train_phase(job, number, round, students, weak, lesson, table)
+        if args.epochs1:                                # without, V- judges nothing
             y = labels_of(guess(job, table)[0], table.index[0])                 # (N,)
             data.pseudo_label_sheet(run.out / "pseudo_labels.png", dataset.train, names, y,
                                     at(table.p_clean[1], table.index[1], y))
