@@ -457,7 +457,7 @@ def read_folders(root, known, classes, split):
         tests = {d: class_folders(root, d, known) for d in parts[1:]}
         parts[1] = next((d for d in tests if tests[d][0]), parts[1])    # rather a labelled one
         tested, test = tests[parts[1]]
-        names = seen or tested or classes
+        names = seen or tested or classes or []
         if not set(tested) <= set(names):
             raise DataError(f"{parts[1]}/ has class folders that {parts[0]}/ lacks: "
                             f"{', '.join(c for c in tested if c not in names)}")
@@ -467,7 +467,8 @@ def read_folders(root, known, classes, split):
     names, images = class_folders(root, base, known)
     if names in (["train"], ["test"]):                  # alone: its own folders are the classes
         names, images = class_folders(root, parts[0], known)
-    if len(names) > 1 and {c.casefold() for c in names} & {*SPLITS[1:], "training", "testing"}:
+    if len(names) > 1 and ({c.casefold() for c in names} & {*SPLITS[1:], "training", "testing"} or
+                           all(re.match("(?i)train|test|val|dev", c) for c in names)):
         raise DataError(f"{root}: the folders {', '.join(names)} are no classes. {EXPECTED}")
     mine = {plain_name(c) for c in classes or names} & {plain_name(c) for c in names}
     if len(names) > 1 and (mine or WORDNET_ID.fullmatch(names[0])):     # not 2023/, 2024/
@@ -491,7 +492,7 @@ def class_folders(root, base, known):
     return names, Images(files, labels, root)
 
 
-def wordnet_names(folders, root, classes):
+def wordnet_names(folders, root):
     """Class folders called n01440764 (ImageNet's WordNet ids) get the names of CoOp's
     classnames.txt, or torchvision's if all 1000 are there. Other folders are names themselves."""
     if not all(WORDNET_ID.fullmatch(d) for d in folders):
@@ -500,12 +501,10 @@ def wordnet_names(folders, root, classes):
     table = dict(re.findall(r"(?m)^(n\d{8})\s+(.+)$", read_text(file))) if file.is_file() else {}
     if table.keys() >= set(folders):
         return [table[wnid] for wnid in folders]
-    if classes and len(classes) == len(folders):
-        return classes
     if len(folders) == 1000:
         return list(torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
     raise DataError(f"{root}: the class folders are WordNet ids ({folders[0]}, ...): put CoOp's "
-                    f"classnames.txt, lines like `n01440764 tench`, there, or give --classes")
+                    f"classnames.txt, lines like `n01440764 tench`, there")
 
 
 def list_images(root, base=""):
@@ -583,7 +582,7 @@ def load(path, classes=None, template=None, adapted=None):
             raise DataError(f"{path}: no images ({', '.join(EXTENSIONS)}). {EXPECTED}")
         if not (names or classes):
             raise DataError(f"{path}: no names of classes: give --classes, or class folders")
-        names = wordnet_names(names or classes, root, classes)
+        names = wordnet_names(names or classes, root)
     names = by_name_of(names, classes, parts) if classes else check_classes(names)
     train, test = parts
     if train.pictures is None and len(train) + len(test) <= MOST_OPENED:
@@ -985,8 +984,8 @@ class Run:
         except Exception as e:                          # torch.load raises nearly anything
             raise DataError(f"{self.out}/last.pt is not a checkpoint: {reason(e)}") from None
         self.start -= seconds
-        other = [f"--{k} {v}" for k, v in self.lines[0].items() if args.get(k) != v and k not in (
-            "resume", "out", "device", "workers", "cache")]
+        other = [f"--{k.replace('_', '-')} {v}" for k, v in self.lines[0].items()
+                 if args.get(k) != v and k not in ("resume", "out", "device", "workers", "cache")]
         if other:
             raise DataError(f"--resume: this run was begun with {' '.join(other)}")
 
@@ -1044,7 +1043,7 @@ class Run:
                   "images_per_second": round(self.images / self.busy) if self.busy else None,
                   "peak_memory_gb": peak_memory_gb()}
         self.log(**facts)
-        self.say("  ".join(f"{k} {v:.4g}" for k, v in facts.items() if isinstance(v, (int, float))))
+        self.say("  ".join(f"{k} {v:.6g}" for k, v in facts.items() if isinstance(v, (int, float))))
         return facts
 
     def say(self, text, end="\n"):

@@ -546,7 +546,7 @@ def adapt(args):
         raise data.DataError("no labels to make candidate sets from: give --candidates FILE")
     elif args.shots:
         dataset.train = dataset.train.subset(data.few_shot(y_true, args.shots, args.seed))
-        data.cache_pixels(dataset, views, args.cache)
+        run.say(data.cache_pixels(dataset, views, args.cache))
         y_true = dataset.train.y_true                                           # (N,)
     if not (made or args.load):
         sets, note = read_candidates(args.candidates, dataset.train, names)     # (N, C)

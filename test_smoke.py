@@ -652,7 +652,6 @@ def test_wordnet_ids(tmp_path):
     class_folders(tmp_path, 2, ["n01443537", "n01629819"])
     written(tmp_path / "classnames.txt", ["n01443537 goldfish"])        # not all
     assert "n01443537, ...): put CoOp's classnames.txt" in refuses(tmp_path)
-    assert data.load(tmp_path, "fish,frog").class_names == ["fish", "frog"]
     written(tmp_path / "classnames.txt", ["n01440764 tench", "n01629819 newt", "n01443537 cod"])
     assert data.load(tmp_path).class_names == ["cod", "newt"]
     d = data.load(tmp_path, adapted=["newt", "cod"])
@@ -755,6 +754,10 @@ def test_folders(tmp_path):
     assert re.search("Train, testing, valid are no classes. Expected", refuses(parts))
     class_folders(parts := tmp_path / "unlabeled", 1, ("unlabeled", "test/cat"))
     assert "test, unlabeled are no classes" in refuses(parts)
+    class_folders(parts := tmp_path / "sets", 1, ("training_set/cat", "test_set/cat"))
+    assert "test_set, training_set are no classes" in refuses(parts)
+    draw(tmp_path / "flat", ["train/0.jpg", "test/0.jpg"])
+    assert "no names of classes: give --classes" in refuses(tmp_path / "flat")
     class_folders(alone := tmp_path / "alone", 5, ("train/cat", "train/dog"))
     (alone / "train" / "cat" / "thumbs.jpg").mkdir()    # is no picture
     d = data.load(alone)
@@ -2628,11 +2631,3 @@ def test_odd_data(little, drawn, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(coft, "select_clean", lambda *a: (select(*a)[0], select(*a)[1] & False))
     assert run(tmp_path / "none", "--max-steps", 1) == 0            # nothing is called clean
     assert [e["kept"] for e in epochs_of(tmp_path / "none") if e.get("phase") == 2] == [0]
-
-
-def test_same_for_any_number_of_workers(drawn, tmp_path):
-    save_pictures(tmp_path / "data", drawn)
-    for workers in (0, 2):
-        assert run(tmp_path / f"{workers}", "--data", tmp_path / "data", "--arch", "tiny",
-                   "--max-steps", 2, "--epochs2", 0, "--workers", workers) == 0
-    same_result(tmp_path / "0", tmp_path / "2")
