@@ -334,10 +334,10 @@ def train_step(job, phase, batches, y, clean):
     phase.optimizer.zero_grad()
     for m, (x, i) in enumerate(batches):                                        # x (B, 3, R, R)
         i = data.gather(i)                              # of all processes
-        y_bar = complementary_labels(y[m, i], C)                               # (B,)
+        y_bar = complementary_labels(y[m, i], C)                                # (B,)
         target = [v.to(job.device) for v in (y[m, i], clean[m, i], y_bar)]
         with job.autocast():
-            _, *l = phase.forward[m](job.clip_model, x)                        # l+, l- (B, C)
+            _, *l = phase.forward[m](job.clip_model, x)                         # l+, l- (B, C)
         loss = total_loss(job, phase.number, *map(data.gather, l), target)
         job.scaler.scale(data.world_size() * loss).backward()       # DDP takes the mean
         losses.append(loss.detach())
@@ -364,7 +364,7 @@ def clip_scale(job):
 @torch.no_grad()
 def part_way(job, models, steps):
     """(A5) Moves the models of phase 2 back towards their start, weight by weight (WiSE-FT, arXiv
-    2109.01903): in few steps, or from few images a class (four: no way at all, six: all of it),
+    2109.01903): in few steps, or from few images a class (four: none of the way, six: all of it),
     wrong labels are learnt by heart. Returns how far they stay from it, 1: all the way."""
     each = len(job.dataset.train) / len(job.dataset.class_names)
     enough = 1.0 if job.args.shots else min(1.0, max(0.0, (each - FEW) / 2))

@@ -652,6 +652,7 @@ def test_wordnet_ids(tmp_path):
     class_folders(tmp_path, 2, ["n01443537", "n01629819"])
     written(tmp_path / "classnames.txt", ["n01443537 goldfish"])        # not all
     assert "n01443537, ...): put CoOp's classnames.txt" in refuses(tmp_path)
+    assert "put CoOp's classnames.txt" in refuses(tmp_path, "fish,frog")        # in which order?
     written(tmp_path / "classnames.txt", ["n01440764 tench", "n01629819 newt", "n01443537 cod"])
     assert data.load(tmp_path).class_names == ["cod", "newt"]
     d = data.load(tmp_path, adapted=["newt", "cod"])
@@ -2631,3 +2632,11 @@ def test_odd_data(little, drawn, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(coft, "select_clean", lambda *a: (select(*a)[0], select(*a)[1] & False))
     assert run(tmp_path / "none", "--max-steps", 1) == 0            # nothing is called clean
     assert [e["kept"] for e in epochs_of(tmp_path / "none") if e.get("phase") == 2] == [0]
+
+
+def test_same_for_any_number_of_workers(drawn, tmp_path):
+    save_pictures(tmp_path / "data", drawn)
+    for workers in (0, 2):
+        assert run(tmp_path / f"{workers}", "--data", tmp_path / "data", "--arch", "tiny",
+                   "--max-steps", 2, "--epochs2", 0, "--workers", workers) == 0
+    same_result(tmp_path / "0", tmp_path / "2")
