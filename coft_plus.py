@@ -19,9 +19,10 @@ Run:  python coft_plus.py                               the demo, offline; READM
 `--recipe ours` takes the sentences, but one round and gamma 0: on its labels more rounds and the
 contrast as published lost on each world tried (.ci/results.md). In their place (A9): an image
 encoder that is being adapted gathers the images of a class, whatever some of their labels say. So
-after phase 1, and again from a third of phase 2 on, a label is the class whose Gaussian, in the
-features, explains the image best, times what the model says; the peer's Gaussians, not its V-, call
-it clean. In phase 2 they also show whether all classes are equally large; before, nothing does.
+after phase 1, and again in phase 2, a label is the class whose Gaussian, in the features, explains
+the image best, times what the model says; the peer's Gaussians, not its V-, call it clean. They
+also show whether all classes are equally large: from a third of phase 2 on. If after phase 1 too
+nothing speaks against it, they are asked in every epoch of phase 2, else from that third on.
 
 The paper does not say, so decided here, beyond coft.py: three rounds, gamma 0.1, temperature 0.1,
 mu 0.99 at most, a queue of half an epoch or 16 batches at most; classes without sentences get the
@@ -65,6 +66,7 @@ WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise w
 TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
 FEW = 4             # (A5) images a class from which nothing is learnt
+NATS = 0.8, 1.0     # (A9) an image, that classes of one size may cost: after phase 1, in phase 2
 FIT = 2**17         # (A9) to so many images, at most twice as many, Gaussians are fitted
 SETTINGS = {    # for flags not given, lam and peft_size: (tiny CLIPs, D < 512; OpenAI's models)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
@@ -434,14 +436,15 @@ def train_phase(job, number, round, students, weak, lesson, table):
     phase = start_phase(job, number, students, max(1, steps))
     parts = {"scaler": job.scaler, "students": phase.students, "optimizer": phase.optimizer,
              "schedule": phase.schedule, "keys": phase.keys}
+    early = False       # (A9) whether the Gaussians are asked from the first epoch of phase 2 on
     if run.state:
         state = run.restore(parts)
         phase.step, lesson, table = state["step"], state["lesson"], Table(*state["table"])
-        job.added = set(state["added"])
+        job.added, early = set(state["added"]), state["early"]
     verdict = number == 1                               # later phase 1's p_clean stands, or A9's
     density = number == 2 and {"gauss", "fresh"} <= job.added                   # (A9)
     if density and not first:                           # once in the features of phase 1,
-        table = ask_density(job, students, table, 1 / 2, even=False)
+        table, early = ask_density(job, students, table, 1 / 2, NATS[0])
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(weak), epoch=first, seed=4 * args.seed + number + 1000 * round)
     for epoch in range(first, epochs):
@@ -464,15 +467,19 @@ def train_phase(job, number, round, students, weak, lesson, table):
         rate = (1.0, float(verdict))                    # of the new p and p_clean in the table
         if "views" in job.added:                        # (A1) p: mean of this phase and of what it
             rate = 1 / (epoch + 2), verdict / (epoch + 1)       # began with; p_clean: of this phase
-        if density and 3 * (epoch + 1) >= epochs:       # then in those of phase 2
-            table = ask_density(job, phase.students, table, rate[0], "balance" in job.added)
+        late = 3 * (epoch + 1) >= epochs
+        if density and (early or late):                 # then in those of phase 2
+            table, even = ask_density(job, phase.students, table, rate[0], NATS[1])
+            if late and "balance" in job.added and not even:
+                job.added = job.added - {"balance"}
+                run.say("classes are not equally large: labels are no longer balanced (A2)")
         elif number < 3:
             table = predict(job, phase.students, looks, verdict, table, rate)
         run.report(phase=number, round=round + 1, epoch=epoch + 1, **means,
                    accuracy=test_accuracy(job, phase.students),
                    **diagnostics(table, lesson, verdict, images.y_true))
         run.checkpoint(parts, phase=number, round=round, epoch=epoch + 1, step=phase.step,
-                       table=tuple(table), lesson=lesson, added=sorted(job.added))
+                       table=tuple(table), lesson=lesson, added=sorted(job.added), early=early)
     if number > 1:
         far = part_way(job, phase.students, phase.step) if "part" in job.added else 1.0     # (A5)
         job.crops = far * ("crops" in job.added)        # (A6) as far as they have left CLIP
@@ -509,12 +516,12 @@ def gaussians(f, q, index, C):
     return log_density
 
 
-def by_density(q, index, p, f, C, even):
+def by_density(q, index, p, f, C, nats):
     """A student's labels by its posterior p times the density of the features f (see `features`).
     Three steps of EM from q, the table's posterior, fit the Gaussians, to every n-th image of a
-    large folder. If even, the classes are held to the same size (A2), unless that costs more than 1
-    nat of likelihood an image: then the folder is not balanced. q, index, p (N, H), f (N, D).
-    Returns the new q (N, H), and whether even holds."""
+    large folder. Classes are held to the same size (A2) if that costs less than so many nats of
+    likelihood an image. q, index, p (N, H), f (N, D). Returns the new q (N, H), and whether they
+    were held."""
     n = max(1, len(f) // FIT)
 
     def posterior(prior, d, index, held):
@@ -530,9 +537,9 @@ def by_density(q, index, p, f, C, even):
             now = posterior(p[::n], d, some, held)
         return log_density, float(d.logsumexp(dim=1).mean())
 
-    fits = {held: em(held) for held in {False, even}}
-    even = even and fits[False][1] - fits[True][1] < 1
-    log_density, _ = fits[even]
+    (free, above), (held, below) = em(False), em(True)
+    even = above - below < nats
+    log_density = held if even else free
     return posterior(p, log_density(f, index), index, even), even
 
 
@@ -556,17 +563,14 @@ def features(job, model, index):
     return data.all_reduce_sum(p), data.all_reduce_sum(f)
 
 
-def ask_density(job, models, table, rate, even):
+def ask_density(job, models, table, rate, nats):
     """The table after the Gaussians' word: p moves towards their posterior at `rate`, p_clean is
-    theirs. even: see by_density; if it does not hold, labels are no longer balanced (A2)."""
-    C = len(job.dataset.class_names)
-    q, holds = zip(*(by_density(q, index, *features(job, me, index), C, even)
-                     for me, q, index in zip(models, table.p, table.index)))
-    if even and not all(holds):
-        job.added = job.added - {"balance"}
-        job.run.say("classes are not equally large: labels are no longer balanced (A2)")
+    theirs. And whether both models' classes were held to the same size: see by_density."""
+    C, nats = len(job.dataset.class_names), nats if "balance" in job.added else -math.inf
+    q, held = zip(*(by_density(q, index, *features(job, me, index), C, nats)
+                    for me, q, index in zip(models, table.p, table.index)))
     q = torch.stack(q)                                                          # (2, N, H)
-    return table._replace(p=table.p.lerp(q, rate), p_clean=q)
+    return table._replace(p=table.p.lerp(q, rate), p_clean=q), all(held)
 
 
 # ======== evaluation ========

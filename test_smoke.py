@@ -1641,31 +1641,48 @@ def test_labels_by_density(sizes, fit, monkeypatch):    # (A9)
     given = torch.where(torch.rand(N) < 0.1, (y + torch.randint(1, 3, (N,))) % 3, y)
     p = torch.full((N, 3), 0.1).scatter(1, given[:, None], 0.8)
     index = all_classes(p)
-    q, even = coft_plus.by_density(p, index, p, f, 3, True)
+    q, even = coft_plus.by_density(p, index, p, f, 3, 1.0)
     assert even == (sizes[0] == sizes[1])
     assert (given == y).float().mean() < 0.95
     assert (coft_plus.labels_of(q, index) == y).float().mean() > 0.99
     if even:
         torch.testing.assert_close(q.mean(dim=0), torch.full((3,), 1 / 3))
-    assert not coft_plus.by_density(p, index, p, f, 3, False)[1]        # once found uneven: so
+    assert not coft_plus.by_density(p, index, p, f, 3, -math.inf)[1]    # once found uneven: so
     for f in (torch.zeros(N, 3), 1e3 * f):              # all alike; far apart, and sure of it
         sure = F.one_hot(given, 3).float()
-        q, _ = coft_plus.by_density(p, index, sure, f, 3, True)
+        q, _ = coft_plus.by_density(p, index, sure, f, 3, 1.0)
         assert torch.isfinite(q).all()
 
 
-@pytest.mark.parametrize("holds", [True, False])
-def test_density_speaks_in_the_table(holds, monkeypatch):     # (A9)
-    """p moves towards the Gaussians' posterior, p_clean is it; unequal classes end the balance."""
+def test_density_speaks_in_the_table(monkeypatch):      # (A9)
+    """p moves towards the Gaussians' posterior, p_clean is it; even if both models say so; without
+    A2 classes are never held."""
     p, q = torch.rand(2, 2, 6, 3).softmax(dim=-1)
-    table = coft_plus.Table(p, torch.ones_like(p), torch.stack([all_classes(p[0])] * 2))
+    table, says = coft_plus.Table(p, torch.ones_like(p), torch.stack([all_classes(p[0])] * 2)), []
     monkeypatch.setattr(coft_plus, "features", lambda job, model, index: (model, None))
-    monkeypatch.setattr(coft_plus, "by_density", lambda p, index, model, f, C, even: (model, holds))
-    job = SimpleNamespace(added={"balance", "gauss"}, run=SimpleNamespace(say=print),
-                          dataset=SimpleNamespace(class_names=["a", "b", "c"]))
-    found = coft_plus.ask_density(job, list(q), table, 1 / 4, True)
+    monkeypatch.setattr(coft_plus, "by_density", lambda p, index, model, f, C, nats:
+                        (model, says.append(nats) or nats > 0 and len(says) < 4))
+    job = SimpleNamespace(added={"balance"}, dataset=SimpleNamespace(class_names=["a", "b", "c"]))
+    found, even = coft_plus.ask_density(job, list(q), table, 1 / 4, 0.8)
     torch.testing.assert_close(found.p, 0.75 * p + 0.25 * q)
-    assert found.p_clean.equal(q) and ("balance" in job.added) == holds
+    assert found.p_clean.equal(q) and even
+    assert not coft_plus.ask_density(job, list(q), table, 1 / 4, 0.8)[1]        # one says no
+    job.added = set()
+    coft_plus.ask_density(job, list(q), table, 1 / 4, 0.8)
+    assert says == 4 * [0.8] + 2 * [-math.inf]
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_when_density_is_asked(even, little, tmp_path, monkeypatch):    # (A9)
+    """Before phase 2; then, if classes may be equally large, after each of six epochs, else from
+    the second on, and balance ends."""
+    asked = []
+    monkeypatch.setattr(coft_plus, "ask_density", lambda job, models, table, rate, nats:
+                        (table, asked.append((nats, "balance" in job.added)) or even))
+    assert run(tmp_path / "run", "--recipe", "ours", "--epochs2", 6, script=coft_plus) == 0
+    first, later = coft_plus.NATS
+    assert asked == [(first, True)] + ([(later, True)] * 6 if even else
+                                       [(later, True)] + [(later, False)] * 4)
 
 
 def job_and_students(model, script, *added):
