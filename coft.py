@@ -18,7 +18,7 @@ and a whole image encoder learns from the rest. `--recipe paper` is this, as pub
 
 `--recipe ours`, the default, adds the entries of the table ADDITIONS, marked (A1) ... Most is
 won by three: labels are means over many random views of an image (A1), balanced over the classes
-(A2); predictions are means over five crops of it (A6). (A8) and (A9) are in coft_plus.py.
+(A2); predictions are means over five crops of it (A6). (A8), (A9), (A11): coft_plus.py.
 
 Equation numbers are the paper's. B batch, C classes, D embedding, H classes in a `Table`, L context
 tokens, M models, N images, T tokens of a text, W width, but W v + b: the FC layer; tau =

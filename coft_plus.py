@@ -1,7 +1,7 @@
 """CoFT+: CoFT with three parts more (same paper, arXiv 2602.04337). Read coft.py first; its letters
 are used here, and Q keys in the queue.
 
-`diff coft.py coft_plus.py` shows the three, and two additions of ours, (A8) and (A9): sentences
+`diff coft.py coft_plus.py` shows the three, and additions of ours, (A8), (A9) and (A11): sentences
 that an LLM wrote help the first guess; phase 1 goes in rounds, each from the labels of the last; in
 phase 2 a momentum-contrastive loss learns from two views of every image, whether its label is
 trusted or not. `--recipe paper`:
@@ -22,7 +22,8 @@ encoder that is being adapted gathers the images of a class, whatever some of th
 after phase 1, and again in phase 2, a label is the class whose Gaussian, in the features, explains
 the image best, times what the model says; the peer's Gaussians, not its V-, call it clean. They
 also show whether all classes are equally large: from a third of phase 2 on. If after phase 1 too
-nothing speaks against it, they are asked in every epoch of phase 2, else from that third on.
+nothing speaks against it, they are asked in every epoch of phase 2, else from that third on. In
+the end the models predict by them too (A11), which is most of the gain if there are few images.
 
 The paper does not say, so decided here, beyond coft.py: three rounds, gamma 0.1, temperature 0.1,
 mu 0.99 at most, a queue of half an epoch or 16 batches at most; classes without sentences get the
@@ -60,6 +61,7 @@ ADDITIONS = {
     "mix":     "A8 the template is one sentence more, and the FC layer starts there too: adapt",
     "gauss":   "A9 phase 2's labels, verdicts: where the features crowd; needs A3: ask_density",
     "start":   "A10 the FC layer starts no softer than CLIP's posterior: clip_scale",
+    "head":    "A11 the models of phase 2 predict by the features' density too: posterior",
 }
 VIEWS = 8           # (A1) of each image, for the first labels
 WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise were chosen
@@ -67,6 +69,7 @@ TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
 FEW = 4             # (A5) images a class from which nothing is learnt
 NATS = 0.8, 1.0     # (A9) an image, that classes of one size may cost: after phase 1, in phase 2
+ROOT = 8            # (A11) of the density: D features that go together are not D witnesses
 FIT = 2**17         # (A9) to so many images, at most twice as many, Gaussians are fitted
 SETTINGS = {    # for flags not given, lam and peft_size: (tiny CLIPs, D < 512; OpenAI's models)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
@@ -284,6 +287,9 @@ class FullModel(nn.Module):
         self.fc = nn.Linear(*reversed(W0.shape), device=W0.device)
         self.fc.weight.data.copy_(W0)
         self.fc.bias.data.zero_()
+        self.gauss = nn.Linear(*reversed(W0.shape), device=W0.device).requires_grad_(False)
+        for v in self.gauss.parameters():               # (A11) see posterior; 0: says nothing
+            v.zero_()
         self.judge = student.requires_grad_(False)
 
     def forward(self, clip_model, x, texts=None):
@@ -444,7 +450,7 @@ def train_phase(job, number, round, students, weak, lesson, table):
     verdict = number == 1                               # later phase 1's p_clean stands, or A9's
     density = number == 2 and {"gauss", "fresh"} <= job.added                   # (A9)
     if density and not first:                           # once in the features of phase 1,
-        table, early = ask_density(job, students, table, 1 / 2, NATS[0])
+        table, early, _ = ask_density(job, students, table, 1 / 2, NATS[0])
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(weak), epoch=first, seed=4 * args.seed + number + 1000 * round)
     for epoch in range(first, epochs):
@@ -469,7 +475,7 @@ def train_phase(job, number, round, students, weak, lesson, table):
             rate = 1 / (epoch + 2), verdict / (epoch + 1)       # began with; p_clean: of this phase
         late = 3 * (epoch + 1) >= epochs
         if density and (early or late):                 # then in those of phase 2
-            table, even = ask_density(job, phase.students, table, rate[0], NATS[1])
+            table, even, _ = ask_density(job, phase.students, table, rate[0], NATS[1])
             if late and "balance" in job.added and not even:
                 job.added = job.added - {"balance"}
                 run.say("classes are not equally large: labels are no longer balanced (A2)")
@@ -483,6 +489,11 @@ def train_phase(job, number, round, students, weak, lesson, table):
     if number > 1:
         far = part_way(job, phase.students, phase.step) if "part" in job.added else 1.0     # (A5)
         job.crops = far * ("crops" in job.added)        # (A6) as far as they have left CLIP
+        if "head" in job.added:                         # (A11) of the models as they stay
+            _, _, heads = ask_density(job, phase.students, table, 0.0, NATS[1])
+            for me, (W, b) in zip(phase.students, heads):
+                me.gauss.weight.copy_(W / ROOT)
+                me.gauss.bias.copy_(b / ROOT)
     return table, phase.students
 
 
@@ -490,8 +501,8 @@ def train_phase(job, number, round, students, weak, lesson, table):
 
 def gaussians(f, q, index, C):
     """Linear discriminant analysis: a Gaussian for each class, all with the same covariance, from
-    the images' shares q in their classes. f (N, D), q, index (N, H). Returns log_density, of any
-    images: f, index -> log N(f; mean of class k, covariance), but for a constant, (N, H)."""
+    the images' shares q in their classes. f (N, D), q, index (N, H). Returns W (C, D), b (C,) and
+    root (D, D), the covariance's: see log_density."""
     (N, D), device = f.shape, f.device
     size, mean = torch.zeros(C, 1, device=device), torch.zeros(C, D, device=device)
     cov = torch.zeros(D, D, device=device)
@@ -504,43 +515,47 @@ def gaussians(f, q, index, C):
     cov = cov / N - (mean * size / N).T @ mean
     ball = cov.diagonal().mean().clamp(min=1e-5 * (N + D) / D) * torch.eye(D, device=device)
     root = torch.linalg.cholesky(cov.lerp(ball, D / (N + D)))   # the fewer images, the rounder
-    white = torch.linalg.solve_triangular(root, mean.T, upper=False)            # (D, C)
+    W = torch.cholesky_solve(mean.T, root).T                                    # (C, D)
+    return W, -(W * mean).sum(dim=1) / 2, root
 
-    def log_density(f, index):
-        found = []
-        for v, k in zip(f.split(2048), index.split(2048)):                      # (B, D), (B, H)
-            v = torch.linalg.solve_triangular(root, v.float().T, upper=False).T     # (B, D)
-            squares = v.square().sum(dim=1, keepdim=True) + white.square().sum(dim=0)   # (B, C)
-            found.append((v @ white - squares / 2).gather(1, k.long().to(device)).cpu())
-        return torch.cat(found) - root.diagonal().log().sum().cpu()
-    return log_density
+
+def log_density(f, index, W, b, root):
+    """log N(f; mean of class k, covariance), but for a constant: W_k f + b_k, less what all classes
+    share. f (N, D), index (N, H) -> (N, H)."""
+    found = []
+    for v, k in zip(f.split(2048), index.split(2048)):                          # (B, D), (B, H)
+        v = v.float()
+        white = torch.linalg.solve_triangular(root, v.T, upper=False)           # (D, B)
+        shared = white.square().sum(dim=0) / 2 + root.diagonal().log().sum()    # (B,)
+        found.append((v @ W.T + b - shared[:, None]).gather(1, k.long().to(f.device)).cpu())
+    return torch.cat(found)
 
 
 def by_density(q, index, p, f, C, nats):
     """A student's labels by its posterior p times the density of the features f (see `features`).
     Three steps of EM from q, the table's posterior, fit the Gaussians, to every n-th image of a
     large folder. Classes are held to the same size (A2) if that costs less than so many nats of
-    likelihood an image. q, index, p (N, H), f (N, D). Returns the new q (N, H), and whether they
-    were held."""
+    likelihood an image. q, index, p (N, H), f (N, D). Returns the new q (N, H), whether they were
+    held, and W, b of `gaussians`."""
     n = max(1, len(f) // FIT)
 
-    def posterior(prior, d, index, held):
+    def times(prior, d, index, held):
         p = (prior.clamp(min=1e-9).log() + d).softmax(dim=1)                    # (N, H)
         return balanced(p, index, C) if held else p
 
     def em(held):
         some = index[::n]                                                       # (N / n, H)
-        now = posterior(q[::n], 0.0, some, held)
+        now = times(q[::n], 0.0, some, held)
         for _ in range(3):
-            log_density = gaussians(f[::n], now, some, C)
-            d = log_density(f[::n], some)                                       # (N / n, H)
-            now = posterior(p[::n], d, some, held)
-        return log_density, float(d.logsumexp(dim=1).mean())
+            fit = gaussians(f[::n], now, some, C)
+            d = log_density(f[::n], some, *fit)                                 # (N / n, H)
+            now = times(p[::n], d, some, held)
+        return fit, float(d.logsumexp(dim=1).mean())
 
     (free, above), (held, below) = em(False), em(True)
     even = above - below < nats
-    log_density = held if even else free
-    return posterior(p, log_density(f, index), index, even), even
+    W, b, root = held if even else free
+    return times(p, log_density(f, index, W, b, root), index, even), even, (W, b)
 
 
 @torch.no_grad()
@@ -565,12 +580,22 @@ def features(job, model, index):
 
 def ask_density(job, models, table, rate, nats):
     """The table after the Gaussians' word: p moves towards their posterior at `rate`, p_clean is
-    theirs. And whether both models' classes were held to the same size: see by_density."""
+    theirs. Whether both models' classes were held to the same size, and W, b of each: see
+    by_density."""
     C, nats = len(job.dataset.class_names), nats if "balance" in job.added else -math.inf
-    q, held = zip(*(by_density(q, index, *features(job, me, index), C, nats)
-                    for me, q, index in zip(models, table.p, table.index)))
+    q, held, heads = zip(*(by_density(q, index, *features(job, me, index), C, nats)
+                           for me, q, index in zip(models, table.p, table.index)))
     q = torch.stack(q)                                                          # (2, N, H)
-    return table._replace(p=table.p.lerp(q, rate), p_clean=q), all(held)
+    return table._replace(p=table.p.lerp(q, rate), p_clean=q), all(held), heads
+
+
+def posterior(me, v, l, B, crops):
+    """What a model says of B images, from v (V B, D) and l (V B, C) of their views: (B, C). (A11)
+    After phase 2 times the root of the features' density, in the mean of the five crops."""
+    p = over_views(l.softmax(dim=1), B, crops)
+    if not isinstance(me, FullModel):
+        return p
+    return (p.log() + me.gauss(over_views(F.normalize(v, dim=1), B, 1.0))).softmax(dim=1)
 
 
 # ======== evaluation ========
@@ -605,12 +630,15 @@ def predict(job, models, loader, verdict=True, before=None, rate=(1.0, 1.0), top
         x, says = with_crops(x, crops), []                                      # (V B, 3, R, R)
         for me, judge, t in zip(models, judges, texts):
             with job.autocast():
-                _, l_pos, l_neg = me(job.clip_model, x, t)                      # (V B, C) each
-                new = l_pos.softmax(dim=1)
+                v, l, l_neg = me(job.clip_model, x, t)              # (V B, D), (V B, C) each
+                l_pos = l
                 if verdict and me is not judge:
                     _, l_pos, l_neg = judge(job.clip_model, x, t)
-            clean = log_p_clean(l_pos, l_neg)[0].exp() if verdict else torch.ones_like(new)
-            says.append(torch.stack([over_views(v, len(i), crops) for v in (new, clean)]).cpu())
+            new = posterior(me, v, l, len(i), crops)                            # (B, C)
+            clean = torch.ones_like(new)
+            if verdict:
+                clean = over_views(log_p_clean(l_pos, l_neg)[0].exp(), len(i), crops)
+            says.append(torch.stack([new, clean]).cpu())
         says = torch.stack(says)                                                # (M, 2, B, C)
         for m, new in enumerate(says.mean(dim=0, keepdim=True) if mean else says):
             if before:                                                          # new (2, B, C)
@@ -670,8 +698,9 @@ class Adapted(nn.Module):
 
     def forward(self, x):
         views = with_crops(x, self.crops)                               # (V B, 3, R, R)
-        p = sum(me(self.clip_model, views)[1].softmax(dim=1) for me in self.models) / 2
-        return over_views(p, len(x), self.crops)
+        says = [posterior(me, *me(self.clip_model, views)[:2], len(x), self.crops)
+                for me in self.models]                                  # (B, C) each
+        return sum(says) / 2
 
 
 def load(path, device="cpu", weights=None):

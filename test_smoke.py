@@ -1622,11 +1622,14 @@ def test_log_density_is_the_normal_distributions():     # (A9)
     naive = torch.stack([torch.distributions.MultivariateNormal(m, cov).log_prob(f) for m in mean])
     naive += D / 2 * math.log(2 * math.pi)              # it leaves that out
     every = all_classes(q)
-    torch.testing.assert_close(coft_plus.gaussians(f, q, every, C)(f, every), naive.T)
+    found = coft_plus.log_density(f, every, *coft_plus.gaussians(f, q, every, C))
+    torch.testing.assert_close(found, naive.T)
     some = torch.tensor([[0, 2, 3]] * 20 + [[1, 3, 4]] * 20)            # of five classes, three
-    found = coft_plus.gaussians(f, q[:, :3], some, C)(f, some)
+    fit = coft_plus.gaussians(f, q[:, :3], some, C)
     whole = torch.zeros(40, C).scatter(1, some, q[:, :3])
-    torch.testing.assert_close(found, coft_plus.gaussians(f, whole, every, C)(f, some))
+    torch.testing.assert_close(fit, coft_plus.gaussians(f, whole, every, C))
+    found = coft_plus.log_density(f, every, *fit)
+    torch.testing.assert_close(coft_plus.log_density(f, some, *fit), found.gather(1, some))
 
 
 @pytest.mark.parametrize("sizes, fit", [((60, 60, 60), 1000), ((140, 30, 10), 1000),
@@ -1641,8 +1644,9 @@ def test_labels_by_density(sizes, fit, monkeypatch):    # (A9)
     given = torch.where(torch.rand(N) < 0.1, (y + torch.randint(1, 3, (N,))) % 3, y)
     p = torch.full((N, 3), 0.1).scatter(1, given[:, None], 0.8)
     index = all_classes(p)
-    q, even = coft_plus.by_density(p, index, p, f, 3, 1.0)
+    q, even, (W, b) = coft_plus.by_density(p, index, p, f, 3, 1.0)
     assert even == (sizes[0] == sizes[1])
+    assert ((f @ W.T + b).argmax(dim=1) == y).float().mean() > 0.99
     assert (given == y).float().mean() < 0.95
     assert (coft_plus.labels_of(q, index) == y).float().mean() > 0.99
     if even:
@@ -1650,7 +1654,7 @@ def test_labels_by_density(sizes, fit, monkeypatch):    # (A9)
     assert not coft_plus.by_density(p, index, p, f, 3, -math.inf)[1]    # once found uneven: so
     for f in (torch.zeros(N, 3), 1e3 * f):              # all alike; far apart, and sure of it
         sure = F.one_hot(given, 3).float()
-        q, _ = coft_plus.by_density(p, index, sure, f, 3, 1.0)
+        q, *_ = coft_plus.by_density(p, index, sure, f, 3, 1.0)
         assert torch.isfinite(q).all()
 
 
@@ -1661,11 +1665,11 @@ def test_density_speaks_in_the_table(monkeypatch):      # (A9)
     table, says = coft_plus.Table(p, torch.ones_like(p), torch.stack([all_classes(p[0])] * 2)), []
     monkeypatch.setattr(coft_plus, "features", lambda job, model, index: (model, None))
     monkeypatch.setattr(coft_plus, "by_density", lambda p, index, model, f, C, nats:
-                        (model, says.append(nats) or nats > 0 and len(says) < 4))
+                        (model, says.append(nats) or nats > 0 and len(says) < 4, len(says)))
     job = SimpleNamespace(added={"balance"}, dataset=SimpleNamespace(class_names=["a", "b", "c"]))
-    found, even = coft_plus.ask_density(job, list(q), table, 1 / 4, 0.8)
+    found, even, heads = coft_plus.ask_density(job, list(q), table, 1 / 4, 0.8)
     torch.testing.assert_close(found.p, 0.75 * p + 0.25 * q)
-    assert found.p_clean.equal(q) and even
+    assert found.p_clean.equal(q) and even and heads == (1, 2)
     assert not coft_plus.ask_density(job, list(q), table, 1 / 4, 0.8)[1]        # one says no
     job.added = set()
     coft_plus.ask_density(job, list(q), table, 1 / 4, 0.8)
@@ -1675,14 +1679,32 @@ def test_density_speaks_in_the_table(monkeypatch):      # (A9)
 @pytest.mark.parametrize("even", [True, False])
 def test_when_density_is_asked(even, little, tmp_path, monkeypatch):    # (A9)
     """Before phase 2; then, if classes may be equally large, after each of six epochs, else from
-    the second on, and balance ends."""
+    the second on, and balance ends. Once more of the models as they stay, which predict by it."""
     asked = []
     monkeypatch.setattr(coft_plus, "ask_density", lambda job, models, table, rate, nats:
-                        (table, asked.append((nats, "balance" in job.added)) or even))
+                        (table, asked.append((nats, "balance" in job.added)) or even,
+                         2 * [(torch.full((10, 64), 2.0), torch.full((10,), 3.0))]))
     assert run(tmp_path / "run", "--recipe", "ours", "--epochs2", 6, script=coft_plus) == 0
     first, later = coft_plus.NATS
-    assert asked == [(first, True)] + ([(later, True)] * 6 if even else
-                                       [(later, True)] + [(later, False)] * 4)
+    assert asked == [(first, True)] + ([(later, True)] * 7 if even else
+                                       [(later, True)] + [(later, False)] * 5)
+    model = coft_plus.load(tmp_path / "run" / "model.pt").models[1]
+    assert (model.gauss.weight * coft_plus.ROOT == 2).all()                     # (A11)
+    assert (model.gauss.bias * coft_plus.ROOT == 3).all()
+
+
+def test_density_predicts_too(frozen):                  # (A11)
+    """Of two images and their five crops; before it is fitted it says nothing."""
+    model = coft_plus.FullModel(frozen, unit(3, 64), student_of(frozen))
+    v, l = torch.randn(12, 64), torch.randn(12, 3)
+    p = coft_plus.over_views(l.softmax(dim=1), 2, 0.3)                          # (2, 3)
+    torch.testing.assert_close(coft_plus.posterior(model, v, l, 2, 0.3), p)
+    W, b = torch.randn(3, 64), torch.randn(3)
+    model.gauss.load_state_dict({"weight": W, "bias": b})
+    f = F.normalize(v, dim=1)[2:].unflatten(0, (5, 2)).mean(dim=0)
+    torch.testing.assert_close(coft_plus.posterior(model, v, l, 2, 0.3),
+                               F.normalize(p * (f @ W.T + b).exp(), p=1, dim=1))
+    torch.testing.assert_close(coft_plus.posterior(model.judge, v, l, 2, 0.3), p)
 
 
 def job_and_students(model, script, *added):
@@ -1771,7 +1793,7 @@ def test_our_prompts_fit_their_data_sets():
 
 def test_without_its_parts_it_is_coft(little, tmp_path):
     off = ["--rounds", 1, "--gamma", 0, "--prompts", "", "--max-steps", 2]
-    assert run(tmp_path / "plus", *off, "--recipe", "ours-gauss", script=coft_plus) == 0
+    assert run(tmp_path / "plus", *off, "--recipe", "ours-gauss-head", script=coft_plus) == 0
     assert run(tmp_path / "coft", "--epochs1", 1, "--epochs2", 1, "--max-steps", 2) == 0
     (_, rows, _), (_, rows_plus, _) = read(tmp_path / "coft"), read(tmp_path / "plus")
     assert rows == rows_plus
@@ -2445,7 +2467,8 @@ def test_shots(drawn, little, tmp_path, monkeypatch):               # section 4.
 
 def test_copies_are_the_same():
     """What coft.py has, coft_plus.py has word for word, but for what its parts change."""
-    changed = {"start_phase", "train_step", "train_phase", "load", "adapt", "parse"}
+    changed = {"FullModel", "start_phase", "train_step", "train_phase", "predict", "Adapted",
+               "load", "adapt", "parse"}
     for name, one in vars(coft).items():
         if getattr(one, "__module__", "") == "coft" and name not in changed:
             assert inspect.getsource(one) == inspect.getsource(getattr(coft_plus, name)), name

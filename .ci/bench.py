@@ -360,7 +360,7 @@ def one_round(N, C, top, plus, threads, device, queue):
         f = torch.zeros(N, 512, dtype=torch.half, device=device)
         for part in f.split(8192):
             part.copy_(F.normalize(torch.randn(part.shape, device=device), dim=1))
-        coft_plus.by_density(q, index, q, f, C, True)
+        coft_plus.by_density(q, index, q, f, C, 1.0)
         del f
     lap("densities")
     p = coft.guess(job, table)
