@@ -61,7 +61,7 @@ ADDITIONS = {
     "mix":     "A8 the template is one sentence more, and the FC layer starts there too: adapt",
     "gauss":   "A9 phase 2's labels, verdicts: where the features crowd; needs A3: ask_density",
     "start":   "A10 the FC layer starts no softer than CLIP's posterior: clip_scale",
-    "head":    "A11 the models of phase 2 predict by the features' density too: posterior",
+    "head":    "A11 the models of phase 2 predict by the features' density too: fit_head",
 }
 VIEWS = 8           # (A1) of each image, for the first labels
 WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise were chosen
@@ -450,7 +450,7 @@ def train_phase(job, number, round, students, weak, lesson, table):
     verdict = number == 1                               # later phase 1's p_clean stands, or A9's
     density = number == 2 and {"gauss", "fresh"} <= job.added                   # (A9)
     if density and not first:                           # once in the features of phase 1,
-        table, early, _ = ask_density(job, students, table, 1 / 2, NATS[0])
+        table, early = ask_density(job, students, table, 1 / 2, NATS[0])
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(weak), epoch=first, seed=4 * args.seed + number + 1000 * round)
     for epoch in range(first, epochs):
@@ -475,7 +475,7 @@ def train_phase(job, number, round, students, weak, lesson, table):
             rate = 1 / (epoch + 2), verdict / (epoch + 1)       # began with; p_clean: of this phase
         late = 3 * (epoch + 1) >= epochs
         if density and (early or late):                 # then in those of phase 2
-            table, even, _ = ask_density(job, phase.students, table, rate[0], NATS[1])
+            table, even = ask_density(job, phase.students, table, rate[0], NATS[1])
             if late and "balance" in job.added and not even:
                 job.added = job.added - {"balance"}
                 run.say("classes are not equally large: labels are no longer balanced (A2)")
@@ -489,11 +489,8 @@ def train_phase(job, number, round, students, weak, lesson, table):
     if number > 1:
         far = part_way(job, phase.students, phase.step) if "part" in job.added else 1.0     # (A5)
         job.crops = far * ("crops" in job.added)        # (A6) as far as they have left CLIP
-        if "head" in job.added:                         # (A11) of the models as they stay
-            _, _, heads = ask_density(job, phase.students, table, 0.0, NATS[1])
-            for me, (W, b) in zip(phase.students, heads):
-                me.gauss.weight.copy_(W / ROOT)
-                me.gauss.bias.copy_(b / ROOT)
+        if "head" in job.added:
+            fit_head(job, phase.students, table.index)                          # (A11)
     return table, phase.students
 
 
@@ -580,13 +577,24 @@ def features(job, model, index):
 
 def ask_density(job, models, table, rate, nats):
     """The table after the Gaussians' word: p moves towards their posterior at `rate`, p_clean is
-    theirs. Whether both models' classes were held to the same size, and W, b of each: see
-    by_density."""
+    theirs. And whether both models' classes were held to the same size: see by_density."""
     C, nats = len(job.dataset.class_names), nats if "balance" in job.added else -math.inf
-    q, held, heads = zip(*(by_density(q, index, *features(job, me, index), C, nats)
-                           for me, q, index in zip(models, table.p, table.index)))
+    q, held, _ = zip(*(by_density(q, index, *features(job, me, index), C, nats)
+                       for me, q, index in zip(models, table.p, table.index)))
     q = torch.stack(q)                                                          # (2, N, H)
-    return table._replace(p=table.p.lerp(q, rate), p_clean=q), all(held), heads
+    return table._replace(p=table.p.lerp(q, rate), p_clean=q), all(held)
+
+
+@torch.no_grad()
+def fit_head(job, models, index):
+    """(A11) The Gaussians that the models of phase 2, as they stay, predict by. EM starts from
+    what they say of the training images, classes index (2, N, H)."""
+    C, nats = len(job.dataset.class_names), NATS[1] if "balance" in job.added else -math.inf
+    for me, k in zip(models, index):
+        p, f = features(job, me, k)
+        _, _, (W, b) = by_density(p, k, p, f, C, nats)
+        me.gauss.weight.copy_(W / ROOT)
+        me.gauss.bias.copy_(b / ROOT)
 
 
 def posterior(me, v, l, B, crops):
