@@ -23,7 +23,7 @@ after phase 1, and again in phase 2, a label is the class whose Gaussian, in the
 the image best, times what the model says; the peer's Gaussians, not its V-, call it clean. They
 also show whether all classes are equally large: from a third of phase 2 on. If after phase 1 too
 nothing speaks against it, they are asked in every epoch of phase 2, else from that third on. In
-the end the models predict by them too (A11), which is most of the gain if there are few images.
+the end the models predict by them too (A11): with few images that is most of what is won.
 
 The paper does not say, so decided here, beyond coft.py: three rounds, gamma 0.1, temperature 0.1,
 mu 0.99 at most, a queue of half an epoch or 16 batches at most; classes without sentences get the
@@ -67,9 +67,9 @@ VIEWS = 8           # (A1) of each image, for the first labels
 WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise were chosen
 TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
-FEW = 4             # (A5) images a class from which nothing is learnt
+FEW = 4             # (A5) images a class, from which the encoders learn nothing
 NATS = 0.8, 1.0     # (A9) an image, that classes of one size may cost: after phase 1, in phase 2
-ROOT = 8            # (A11) of the density: D features that go together are not D witnesses
+ROOT = 8            # (A11) the 8th root of the density: its D features are not independent
 FIT = 2**17         # (A9) to so many images, at most twice as many, Gaussians are fitted
 SETTINGS = {    # for flags not given, lam and peft_size: (tiny CLIPs, D < 512; OpenAI's models)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
@@ -287,9 +287,8 @@ class FullModel(nn.Module):
         self.fc = nn.Linear(*reversed(W0.shape), device=W0.device)
         self.fc.weight.data.copy_(W0)
         self.fc.bias.data.zero_()
-        self.gauss = nn.Linear(*reversed(W0.shape), device=W0.device).requires_grad_(False)
-        for v in self.gauss.parameters():               # (A11) see posterior; 0: says nothing
-            v.zero_()
+        self.register_buffer("gauss_W", torch.zeros_like(W0))           # (A11) see posterior,
+        self.register_buffer("gauss_b", torch.zeros_like(W0[:, 0]))     # 0: says nothing
         self.judge = student.requires_grad_(False)
 
     def forward(self, clip_model, x, texts=None):
@@ -491,6 +490,7 @@ def train_phase(job, number, round, students, weak, lesson, table):
         job.crops = far * ("crops" in job.added)        # (A6) as far as they have left CLIP
         if "head" in job.added:
             fit_head(job, phase.students, table.index)                          # (A11)
+            job.crops = max(job.crops, 1e-9)            # it asks five crops, whatever they weigh
     return table, phase.students
 
 
@@ -498,8 +498,9 @@ def train_phase(job, number, round, students, weak, lesson, table):
 
 def gaussians(f, q, index, C):
     """Linear discriminant analysis: a Gaussian for each class, all with the same covariance, from
-    the images' shares q in their classes. f (N, D), q, index (N, H). Returns W (C, D), b (C,) and
-    root (D, D), the covariance's: see log_density."""
+    the images' shares q in their classes; a class of less than one image is filled up with the mean
+    of all. f (N, D), q, index (N, H). Returns W (C, D), b (C,) and root (D, D), the covariance's
+    Cholesky factor: see log_density."""
     (N, D), device = f.shape, f.device
     size, mean = torch.zeros(C, 1, device=device), torch.zeros(C, D, device=device)
     cov = torch.zeros(D, D, device=device)
@@ -510,6 +511,7 @@ def gaussians(f, q, index, C):
     size = size.clamp(min=1e-6)
     mean = mean / size
     cov = cov / N - (mean * size / N).T @ mean
+    mean = mean.lerp((mean * size).sum(dim=0) / N, (1 - size).clamp(min=0))     # of hardly an image
     ball = cov.diagonal().mean().clamp(min=1e-5 * (N + D) / D) * torch.eye(D, device=device)
     root = torch.linalg.cholesky(cov.lerp(ball, D / (N + D)))   # the fewer images, the rounder
     W = torch.cholesky_solve(mean.T, root).T                                    # (C, D)
@@ -587,23 +589,24 @@ def ask_density(job, models, table, rate, nats):
 
 @torch.no_grad()
 def fit_head(job, models, index):
-    """(A11) The Gaussians that the models of phase 2, as they stay, predict by. EM starts from
+    """(A11) The Gaussians that the models of phase 2 predict by, after part_way. EM starts from
     what they say of the training images, classes index (2, N, H)."""
     C, nats = len(job.dataset.class_names), NATS[1] if "balance" in job.added else -math.inf
     for me, k in zip(models, index):
         p, f = features(job, me, k)
         _, _, (W, b) = by_density(p, k, p, f, C, nats)
-        me.gauss.weight.copy_(W / ROOT)
-        me.gauss.bias.copy_(b / ROOT)
+        me.gauss_W, me.gauss_b = W / ROOT, b / ROOT
 
 
 def posterior(me, v, l, B, crops):
     """What a model says of B images, from v (V B, D) and l (V B, C) of their views: (B, C). (A11)
-    After phase 2 times the root of the features' density, in the mean of the five crops."""
+    After phase 2 times the root of the density of their features, means over the five crops."""
     p = over_views(l.softmax(dim=1), B, crops)
     if not isinstance(me, FullModel):
         return p
-    return (p.log() + me.gauss(over_views(F.normalize(v, dim=1), B, 1.0))).softmax(dim=1)
+    with torch.autocast(v.device.type, enabled=False):
+        f = over_views(F.normalize(v, dim=1), B, 1.0)                           # (B, D)
+        return (p.log() + f @ me.gauss_W.T + me.gauss_b).softmax(dim=1)
 
 
 # ======== evaluation ========
@@ -638,11 +641,10 @@ def predict(job, models, loader, verdict=True, before=None, rate=(1.0, 1.0), top
         x, says = with_crops(x, crops), []                                      # (V B, 3, R, R)
         for me, judge, t in zip(models, judges, texts):
             with job.autocast():
-                v, l, l_neg = me(job.clip_model, x, t)              # (V B, D), (V B, C) each
-                l_pos = l
+                v, l_pos, l_neg = me(job.clip_model, x, t)          # (V B, D), (V B, C) each
+                new = posterior(me, v, l_pos, len(i), crops)                    # (B, C)
                 if verdict and me is not judge:
                     _, l_pos, l_neg = judge(job.clip_model, x, t)
-            new = posterior(me, v, l, len(i), crops)                            # (B, C)
             clean = torch.ones_like(new)
             if verdict:
                 clean = over_views(log_p_clean(l_pos, l_neg)[0].exp(), len(i), crops)

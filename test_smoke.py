@@ -1630,6 +1630,9 @@ def test_log_density_is_the_normal_distributions():     # (A9)
     torch.testing.assert_close(fit, coft_plus.gaussians(f, whole, every, C))
     found = coft_plus.log_density(f, every, *fit)
     torch.testing.assert_close(coft_plus.log_density(f, some, *fit), found.gather(1, some))
+    q[:, 4] = 0                                         # a class without images
+    W, _, root = coft_plus.gaussians(f, q, every, C)
+    torch.testing.assert_close(W[4] @ root @ root.T, (q.T @ f).sum(dim=0) / 40)
 
 
 @pytest.mark.parametrize("sizes, fit", [((60, 60, 60), 1000), ((140, 30, 10), 1000),
@@ -1696,7 +1699,7 @@ def test_density_predicts_too(frozen):                  # (A11)
     p = coft_plus.over_views(l.softmax(dim=1), 2, 0.3)                          # (2, 3)
     torch.testing.assert_close(coft_plus.posterior(model, v, l, 2, 0.3), p)
     W, b = torch.randn(3, 64), torch.randn(3)
-    model.gauss.load_state_dict({"weight": W, "bias": b})
+    model.gauss_W, model.gauss_b = W, b
     f = F.normalize(v, dim=1)[2:].unflatten(0, (5, 2)).mean(dim=0)
     torch.testing.assert_close(coft_plus.posterior(model, v, l, 2, 0.3),
                                F.normalize(p * (f @ W.T + b).exp(), p=1, dim=1))
@@ -1714,7 +1717,7 @@ def test_fit_head(added, limit, frozen, monkeypatch):   # (A11)
         if (q, C, nats) == (p, 3, limit) else None)
     coft_plus.fit_head(job, models, [10, 20])
     for me, (W, b) in zip(models, ((11, 12), (21, 22))):
-        assert (me.gauss.weight == W).all() and (me.gauss.bias == b).all()
+        assert (me.gauss_W == W).all() and (me.gauss_b == b).all()
 
 
 def job_and_students(model, script, *added):
