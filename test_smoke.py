@@ -1277,7 +1277,6 @@ def test_part_way(frozen, monkeypatch, capsys):         # (A5)
         assert capsys.readouterr().out.strip().endswith(f"go {100 * share:.0f} % of the way")
         for k, v in model.state_dict().items():
             torch.testing.assert_close(v, start[k] + share * (end[k] - start[k]), msg=k)
-    monkeypatch.setattr(coft_plus, "WHOLE", 300)
     for added in (set(), {"head"}):                     # (A11)
         job.added = added
         model = coft_plus.FullModel(frozen, t0, student_of(frozen))
