@@ -414,11 +414,10 @@ def clip_scale(job):
 def part_way(job, models, steps):
     """(A5) Moves the models of phase 2 back towards their start, weight by weight (WiSE-FT, arXiv
     2109.01903): in few steps, or from few images a class (four: none of the way, six: all of it),
-    wrong labels are learnt by heart. With (A11), which keeps to the features, the square root.
-    Returns how far they stay from it, 1: all the way."""
+    wrong labels are learnt by heart. Returns how far they stay from it, 1: all the way."""
     each = len(job.dataset.train) / len(job.dataset.class_names)
     enough = 1.0 if job.args.shots else min(1.0, max(0.0, (each - FEW) / 2))
-    far = enough * min(1.0, steps / WHOLE) ** (0.5 if "head" in job.added else 1)
+    far = enough * min(1.0, steps / WHOLE)
     for me in models:
         for v, v0 in zip(me.parameters(), FullModel(job.full, job.W0, me.judge).parameters()):
             v.copy_(v0.lerp(v, far))
