@@ -67,7 +67,7 @@ VIEWS = 8           # (A1) of each image, for the first labels
 WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise were chosen
 TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
-FEW = 4             # (A5) images a class, from which the encoders learn nothing
+FEW = 4             # (A5), (A11) images a class from which nothing is learnt
 NATS = 0.8, 1.0     # (A9) an image, that classes of one size may cost: after phase 1, in phase 2
 ROOT = 8            # (A11) the 8th root of the density: its D features are not independent
 FIT = 2**17         # (A9) to so many images, at most twice as many, Gaussians are fitted
@@ -488,7 +488,7 @@ def train_phase(job, number, round, students, weak, lesson, table):
     if number > 1:
         far = part_way(job, phase.students, phase.step) if "part" in job.added else 1.0     # (A5)
         job.crops = far * ("crops" in job.added)        # (A6) as far as they have left CLIP
-        if "head" in job.added:
+        if far and "head" in job.added:                 # few images: Gaussians of next to no width
             fit_head(job, phase.students, table.index)                          # (A11)
             job.crops = max(job.crops, 1e-9)            # it asks five crops, whatever they weigh
     return table, phase.students

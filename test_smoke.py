@@ -1720,6 +1720,15 @@ def test_fit_head(added, limit, frozen, monkeypatch):   # (A11)
         assert (me.gauss_W == W).all() and (me.gauss_b == b).all()
 
 
+@pytest.mark.parametrize("few, fitted", [(4, 1), (10, 0)])
+def test_no_head_from_few_images(few, fitted, little, tmp_path, monkeypatch):     # (A11)
+    asked, each = [], len(data.load("demo").train) // 10
+    monkeypatch.setattr(coft_plus, "FEW", few * each / 10)
+    monkeypatch.setattr(coft_plus, "fit_head", lambda *a: asked.append(a))
+    assert run(tmp_path / "run", "--recipe", "ours", "--max-steps", 2, script=coft_plus) == 0
+    assert len(asked) == fitted
+
+
 def job_and_students(model, script, *added):
     """(a job, its two students) for `start_phase` and `train_step`."""
     args = SimpleNamespace(peft="vpt", peft_size=2, ctx=0, lam=1.0, gamma=0.5, batch_size=4,
