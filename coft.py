@@ -35,7 +35,8 @@ from; CoOp's templates, in V+ and V- too; random words as large as CLIP's; stude
 and complements too; a class that is nobody's guess takes its likeliest images; W starts at t0;
 warm-up, cosine, weight decay 5e-4 (A4: 0.01 for the encoder, none elsewhere); weak views; V- learns
 ten times as fast as V+ in A4. --shots is the paper's 4.4: half of a batch in phase 1, then
-sqrt(shots) / 16. --student is 4.5: that CLIP learns in phase 2; (A7) in a third, twice as long.
+sqrt(shots) / 16, more in small folders (TIMES). --student is 4.5: that CLIP learns in phase 2; (A7)
+in a third, twice as long.
 """
 import argparse
 import copy
@@ -72,6 +73,7 @@ WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise w
 TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
 FEW = 4             # (A5) images a class from which nothing is learnt
+TIMES = 7           # as often as another image one with a true label is drawn, at least (--shots)
 SETTINGS = {    # for flags not given, lam and peft_size: (tiny CLIPs, D < 512; OpenAI's models)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (6, 10), "epochs2": (4, 10)},
@@ -365,10 +367,11 @@ def clip_scale(job):
 def part_way(job, models, steps):
     """(A5) Moves the models of phase 2 back towards their start, weight by weight (WiSE-FT, arXiv
     2109.01903): in few steps, or from few images a class (four: none of the way, six: all of it),
-    wrong labels are learnt by heart. Returns how far they stay from it, 1: all the way."""
+    wrong labels are learnt by heart. K true ones a class vouch for K / (K + 1) of the way. Returns
+    how far they stay from it, 1: all the way."""
     each = len(job.dataset.train) / len(job.dataset.class_names)
-    enough = 1.0 if job.args.shots else min(1.0, max(0.0, (each - FEW) / 2))
-    far = enough * min(1.0, steps / WHOLE)
+    enough, K = min(1.0, max(0.0, (each - FEW) / 2)), job.args.shots
+    far = max(enough * min(1.0, steps / WHOLE), K / (K + 1))
     for me in models:
         for v, v0 in zip(me.parameters(), FullModel(job.full, job.W0, me.judge).parameters()):
             v.copy_(v0.lerp(v, far))
@@ -407,7 +410,8 @@ def train_phase(job, number, students, weak, lesson, table):
             among = mine.nonzero()[:, 0].tolist()
             if args.shots:                              # few would drown among them
                 part = 1 / 2 if number == 1 else min(1 / 2, args.shots ** 0.5 / 16)    # of a batch
-                among += job.known.tolist() * int(len(among) * part / (1 - part) / len(job.known))
+                times = int(len(among) * part / (1 - part) / len(job.known))
+                among += max(TIMES - 1, times) * job.known.tolist()
             loader.batch_sampler.among = among
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
                                  f"phase {number} epoch {epoch + 1}/{epochs}", steps - phase.step):

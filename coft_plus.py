@@ -71,6 +71,7 @@ FEW = 4             # (A5), (A11) images a class from which nothing is learnt
 NATS = 0.8, 1.0     # (A9) an image, that classes of one size may cost: after phase 1, in phase 2
 ROOT = 8            # (A11) the 8th root of the density: its D features are not independent
 FIT = 2**17         # (A9) to so many images, at most twice as many, Gaussians are fitted
+TIMES = 7           # as often as another image one with a true label is drawn, at least (--shots)
 SETTINGS = {    # for flags not given, lam and peft_size: (tiny CLIPs, D < 512; OpenAI's models)
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (4, 10), "epochs2": (4, 10),
@@ -414,10 +415,11 @@ def clip_scale(job):
 def part_way(job, models, steps):
     """(A5) Moves the models of phase 2 back towards their start, weight by weight (WiSE-FT, arXiv
     2109.01903): in few steps, or from few images a class (four: none of the way, six: all of it),
-    wrong labels are learnt by heart. Returns how far they stay from it, 1: all the way."""
+    wrong labels are learnt by heart. K true ones a class vouch for K / (K + 1) of the way. Returns
+    how far they stay from it, 1: all the way."""
     each = len(job.dataset.train) / len(job.dataset.class_names)
-    enough = 1.0 if job.args.shots else min(1.0, max(0.0, (each - FEW) / 2))
-    far = enough * min(1.0, steps / WHOLE)
+    enough, K = min(1.0, max(0.0, (each - FEW) / 2)), job.args.shots
+    far = max(enough * min(1.0, steps / WHOLE), K / (K + 1))
     for me in models:
         for v, v0 in zip(me.parameters(), FullModel(job.full, job.W0, me.judge).parameters()):
             v.copy_(v0.lerp(v, far))
@@ -462,7 +464,8 @@ def train_phase(job, number, round, students, weak, lesson, table):
             among = mine.nonzero()[:, 0].tolist()
             if args.shots:                              # few would drown among them
                 part = 1 / 2 if number == 1 else min(1 / 2, args.shots ** 0.5 / 16)    # of a batch
-                among += job.known.tolist() * int(len(among) * part / (1 - part) / len(job.known))
+                times = int(len(among) * part / (1 - part) / len(job.known))
+                among += max(TIMES - 1, times) * job.known.tolist()
             loader.batch_sampler.among = [] if phase.keys else among
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
                                  f"phase {number} round {round + 1} epoch {epoch + 1}/{epochs}",
@@ -488,7 +491,8 @@ def train_phase(job, number, round, students, weak, lesson, table):
     if number > 1:
         far = part_way(job, phase.students, phase.step) if "part" in job.added else 1.0     # (A5)
         job.crops = far * ("crops" in job.added)        # (A6) as far as they have left CLIP
-        if far and "head" in job.added:                 # few images: Gaussians of next to no width
+        enough = len(images) > FEW * len(job.dataset.class_names)   # of few Gaussians are too narrow
+        if enough and "head" in job.added:
             fit_head(job, phase.students, table.index)                          # (A11)
             job.crops = max(job.crops, 1e-9)            # it asks five crops, whatever they weigh
     return table, phase.students
