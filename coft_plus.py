@@ -491,8 +491,8 @@ def train_phase(job, number, round, students, weak, lesson, table):
     if number > 1:
         far = part_way(job, phase.students, phase.step) if "part" in job.added else 1.0     # (A5)
         job.crops = far * ("crops" in job.added)        # (A6) as far as they have left CLIP
-        enough = len(images) > FEW * len(job.dataset.class_names)   # too narrow ones
-        if enough and "head" in job.added:
+        enough = len(images) > FEW * len(job.dataset.class_names)
+        if enough and "head" in job.added:              # few images: Gaussians of next to no width
             fit_head(job, phase.students, table.index)                          # (A11)
             job.crops = max(job.crops, 1e-9)            # it asks five crops, whatever they weigh
     return table, phase.students
