@@ -35,8 +35,8 @@ from; CoOp's templates, in V+ and V- too; random words as large as CLIP's; stude
 and complements too; a class that is nobody's guess takes its likeliest images; W starts at t0;
 warm-up, cosine, weight decay 5e-4 (A4: 0.01 for the encoder, none elsewhere); weak views; V- learns
 ten times as fast as V+ in A4. --shots is the paper's 4.4: half of a batch in phase 1, then
-sqrt(shots) / 16, more in small folders (TIMES). --student is 4.5: that CLIP learns in phase 2; (A7)
-in a third, twice as long.
+sqrt(shots) / 16, but each TIMES as often as others at least. --student is 4.5: that CLIP learns in
+phase 2; (A7) in a third, twice as long.
 """
 import argparse
 import copy
