@@ -28,15 +28,18 @@ Run:  python coft.py                                    the demo, offline; 2 min
       python coft.py --data ./oxford_pets               real data with OpenAI's CLIP: not measured
       python coft.py --data ./photos --classes cat,dog  a folder of unlabelled photos
 
-The paper does not say, so decided here: the table SETTINGS (OpenAI's models: arXiv 2602.04340, by
-the same authors, and DeFT's code; tiny: chosen on `narrow`, its prompts start from the template's
-words), lam 1, batches of 64, momentum 0.9; an epoch is N / B steps, however small the set it draws
-from; CoOp's templates, in V+ and V- too; random words as large as CLIP's; students differ in order
-and complements too; a class that is nobody's guess takes its likeliest images; W starts at t0;
-warm-up, cosine, weight decay 5e-4 (A4: 0.01 for the encoder, none elsewhere); weak views; V- learns
-ten times as fast as V+ in A4. --shots is the paper's 4.4: half of a batch in phase 1, then
-sqrt(shots) / 16, but each TIMES as often as others at least. --student is 4.5: that CLIP learns in
-phase 2; (A7) in a third, twice as long.
+The paper does not say, so decided here:
+  settings  the table SETTINGS (OpenAI's models: arXiv 2602.04340, by the same authors, and DeFT's
+            code; tiny: chosen on `narrow`), lam 1, batches of 64
+  data      an epoch is N / B steps, however small the set it draws from; training images are random
+            crops; a class that is nobody's guess takes its likeliest images
+  start     CoOp's templates, in V+ and V- too; random words as large as CLIP's, tiny's prompts
+            from the template's words; W at t0; students differ in order and complements too
+  steps     momentum 0.9, warm-up, cosine, weight decay 5e-4; in A4 0.01 for the encoder, none
+            elsewhere, and V- learns ten times as fast as V+
+  flags     --shots, the paper's 4.4: half of a batch in phase 1, then sqrt(shots) / 16, but each
+            image TIMES as often as others at least; --student, 4.5: that CLIP learns in phase 2,
+            (A7) in a third, twice as long
 """
 import argparse
 import copy
@@ -73,8 +76,8 @@ WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise w
 TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
 FEW = 4             # (A5) images a class from which nothing is learnt
-TIMES = 7           # as often as another image one with a true label is drawn, at least (--shots)
-SETTINGS = {    # for flags not given, lam and peft_size: (tiny CLIPs, D < 512; OpenAI's models)
+TIMES = 7           # (--shots) so often, at least, a labelled image is drawn as another is once
+SETTINGS = {    # flags not given: (tiny CLIPs, D < 512; OpenAI's models); two have no flag
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (6, 10), "epochs2": (4, 10)},
     "ours": {"k": (0.25, 0.25), "ctx": (0, 0), "peft_size": (4, 20), "lam": (1.0, 1.0),
@@ -354,8 +357,8 @@ def train_step(job, phase, batches, y, clean):
 
 @torch.no_grad()
 def clip_scale(job):
-    """(A10) tau / mean |v| over the images, at least 1: so many times t0, W makes softmax(W v) as
-    sharp as CLIP's posterior. A softer one lets all labels, wrong ones too, turn the encoder."""
+    """(A10) s = max(1, tau / mean |v| over the images): with W = s t0, softmax(W v) is as sharp as
+    CLIP's posterior. A softer one lets all labels, wrong ones too, turn the encoder."""
     length = torch.zeros(job.train.N)
     for x, i in job.train:                                                      # (B, 3, R, R), (B,)
         with job.autocast():
@@ -365,10 +368,10 @@ def clip_scale(job):
 
 @torch.no_grad()
 def part_way(job, models, steps):
-    """(A5) Moves the models of phase 2 back towards their start, weight by weight (WiSE-FT, arXiv
-    2109.01903): in few steps, or from few images a class (four: none of the way, six: all of it),
-    wrong labels are learnt by heart. K true ones a class vouch for K / (K + 1) of the way. Returns
-    how far they stay from it, 1: all the way."""
+    """(A5) Every weight of the models of phase 2 becomes start + far (learnt - start) (WiSE-FT,
+    arXiv 2109.01903), as small folders teach wrong labels by heart: far = steps / WHOLE times
+    (N / C - FEW) / 2, each at most 1; with K true labels a class at least K / (K + 1). Returns
+    far."""
     each = len(job.dataset.train) / len(job.dataset.class_names)
     enough, K = min(1.0, max(0.0, (each - FEW) / 2)), job.args.shots
     far = max(enough * min(1.0, steps / WHOLE), K / (K + 1))
@@ -397,7 +400,7 @@ def train_phase(job, number, students, weak, lesson, table):
     if run.state:
         state = run.restore(parts)
         phase.step, lesson, table = state["step"], state["lesson"], Table(*state["table"])
-    verdict = number == 1                               # later phase 1's p_clean stands
+    verdict = number == 1                               # p_clean is phase 1's, and stays
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(weak), epoch=first, seed=4 * args.seed + number)
     for epoch in range(first, epochs):
@@ -417,9 +420,9 @@ def train_phase(job, number, students, weak, lesson, table):
                                  f"phase {number} epoch {epoch + 1}/{epochs}", steps - phase.step):
             run.rows.append(train_step(job, phase, batches, y, clean))
         means = run.means(f"--lr{min(number, 2)}")
-        rate = (1.0, float(verdict))                    # of the new p and p_clean in the table
-        if "views" in job.added:                        # (A1) p: mean of this phase and of what it
-            rate = 1 / (epoch + 2), verdict / (epoch + 1)       # began with; p_clean: of this phase
+        rate = (1.0, float(verdict))                    # how far p, p_clean go to the new ones
+        if "views" in job.added:                        # (A1) running means of the epochs; p has
+            rate = 1 / (epoch + 2), verdict / (epoch + 1)       # the table before as one more
         if number < 3:                                  # (A7) phase 3 keeps its table
             table = predict(job, phase.students, looks, verdict, table, rate)
         run.report(phase=number, epoch=epoch + 1, **means,
@@ -492,11 +495,14 @@ def test_accuracy(job, models):
 
 
 def diagnostics(table, lesson, verdict, y_true):
-    """How good the filter is, means over both students. Of the labels just learnt from: kept, the
-    share that is clean; unfiltered and precision, how many are right of all and of the clean ones.
-    Of those that each student would give now (before A2): shared_errors, how many of the first
-    one's wrong labels the second one gives too; if p_clean is of now (verdict), auroc of the peer's
-    p_clean and, of the same peer and labels, auroc_softmax."""
+    """How good the filter is, means over both models. Of the labels just learnt from:
+        kept                    the share that is clean
+        unfiltered, precision   how many are right: of all, of the clean ones
+    Of those that each model would give now (before A2):
+        shared_errors           how many of the first one's wrong labels the second gives too
+        auroc, auroc_softmax    whether the peer's p_clean (softmax) ranks the right ones first; if
+                                p_clean is of now (verdict)
+    """
     y, clean = lesson                                                   # (2, N) each
     facts = {"kept": clean.double().mean()}
     if y_true is not None:                                              # diagnostics only

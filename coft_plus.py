@@ -20,10 +20,10 @@ Run:  python coft_plus.py                               the demo, offline; READM
 contrast as published lost on each world tried (.ci/results.md). In their place (A9): an image
 encoder that is being adapted gathers the images of a class, whatever some of their labels say. So
 after phase 1, and again in phase 2, a label is the class whose Gaussian, in the features, explains
-the image best, times what the model says; the peer's Gaussians, not its V-, call it clean. They
-also show whether all classes are equally large: from a third of phase 2 on. If after phase 1 too
-nothing speaks against it, they are asked in every epoch of phase 2, else from that third on. In
-the end the models predict by them too (A11): with few images that is most of what is won.
+the image best, times what the model says; the peer's Gaussians, not its V-, call it clean. In
+phase 2 they are asked from a third of it on, and from its first epoch if after phase 1 classes of
+one size explain the features nearly as well as free ones; from that third on, if they do not, (A2)
+stops. In the end the models predict by them too (A11): with few images most is won there.
 
 The paper does not say, so decided here, beyond coft.py: three rounds, gamma 0.1, temperature 0.1,
 mu 0.99 at most, a queue of half an epoch or 16 batches at most; classes without sentences get the
@@ -68,11 +68,11 @@ WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise w
 TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
 FEW = 4             # (A5), (A11) images a class from which nothing is learnt
-NATS = 0.8, 1.0     # (A9) an image, that classes of one size may cost: after phase 1, in phase 2
+NATS = 0.8, 1.0     # (A9) likelihood an image that equal sizes may cost: after phase 1, in phase 2
 ROOT = 8            # (A11) the 8th root of the density: its D features are not independent
 FIT = 2**17         # (A9) to so many images, at most twice as many, Gaussians are fitted
-TIMES = 7           # as often as another image one with a true label is drawn, at least (--shots)
-SETTINGS = {    # for flags not given, lam and peft_size: (tiny CLIPs, D < 512; OpenAI's models)
+TIMES = 7           # (--shots) so often, at least, a labelled image is drawn as another is once
+SETTINGS = {    # flags not given: (tiny CLIPs, D < 512; OpenAI's models); two have no flag
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (4, 10), "epochs2": (4, 10),
               "gamma": (0.1, 0.1), "rounds": (3, 3)},
@@ -402,8 +402,8 @@ def train_step(job, phase, batches, y, clean):
 
 @torch.no_grad()
 def clip_scale(job):
-    """(A10) tau / mean |v| over the images, at least 1: so many times t0, W makes softmax(W v) as
-    sharp as CLIP's posterior. A softer one lets all labels, wrong ones too, turn the encoder."""
+    """(A10) s = max(1, tau / mean |v| over the images): with W = s t0, softmax(W v) is as sharp as
+    CLIP's posterior. A softer one lets all labels, wrong ones too, turn the encoder."""
     length = torch.zeros(job.train.N)
     for x, i in job.train:                                                      # (B, 3, R, R), (B,)
         with job.autocast():
@@ -413,10 +413,10 @@ def clip_scale(job):
 
 @torch.no_grad()
 def part_way(job, models, steps):
-    """(A5) Moves the models of phase 2 back towards their start, weight by weight (WiSE-FT, arXiv
-    2109.01903): in few steps, or from few images a class (four: none of the way, six: all of it),
-    wrong labels are learnt by heart. K true ones a class vouch for K / (K + 1) of the way. Returns
-    how far they stay from it, 1: all the way."""
+    """(A5) Every weight of the models of phase 2 becomes start + far (learnt - start) (WiSE-FT,
+    arXiv 2109.01903), as small folders teach wrong labels by heart: far = steps / WHOLE times
+    (N / C - FEW) / 2, each at most 1; with K true labels a class at least K / (K + 1). Returns
+    far."""
     each = len(job.dataset.train) / len(job.dataset.class_names)
     enough, K = min(1.0, max(0.0, (each - FEW) / 2)), job.args.shots
     far = max(enough * min(1.0, steps / WHOLE), K / (K + 1))
@@ -448,7 +448,7 @@ def train_phase(job, number, round, students, weak, lesson, table):
         state = run.restore(parts)
         phase.step, lesson, table = state["step"], state["lesson"], Table(*state["table"])
         job.added, early = set(state["added"]), state["early"]
-    verdict = number == 1                               # later phase 1's p_clean stands, or A9's
+    verdict = number == 1                               # p_clean is phase 1's, and stays, or A9's
     density = number == 2 and {"gauss", "fresh"} <= job.added                   # (A9)
     if density and not first:                           # once in the features of phase 1,
         table, early = ask_density(job, students, table, 1 / 2, NATS[0])
@@ -472,9 +472,9 @@ def train_phase(job, number, round, students, weak, lesson, table):
                                  steps - phase.step):
             run.rows.append(train_step(job, phase, batches, y, clean))
         means = run.means(f"--lr{min(number, 2)}")
-        rate = (1.0, float(verdict))                    # of the new p and p_clean in the table
-        if "views" in job.added:                        # (A1) p: mean of this phase and of what it
-            rate = 1 / (epoch + 2), verdict / (epoch + 1)       # began with; p_clean: of this phase
+        rate = (1.0, float(verdict))                    # how far p, p_clean go to the new ones
+        if "views" in job.added:                        # (A1) running means of the epochs; p has
+            rate = 1 / (epoch + 2), verdict / (epoch + 1)       # the table before as one more
         late = 3 * (epoch + 1) >= epochs
         if density and (early or late):                 # then in those of phase 2
             table, even = ask_density(job, phase.students, table, rate[0], NATS[1])
@@ -674,11 +674,14 @@ def test_accuracy(job, models):
 
 
 def diagnostics(table, lesson, verdict, y_true):
-    """How good the filter is, means over both students. Of the labels just learnt from: kept, the
-    share that is clean; unfiltered and precision, how many are right of all and of the clean ones.
-    Of those that each student would give now (before A2): shared_errors, how many of the first
-    one's wrong labels the second one gives too; if p_clean is of now (verdict), auroc of the peer's
-    p_clean and, of the same peer and labels, auroc_softmax."""
+    """How good the filter is, means over both models. Of the labels just learnt from:
+        kept                    the share that is clean
+        unfiltered, precision   how many are right: of all, of the clean ones
+    Of those that each model would give now (before A2):
+        shared_errors           how many of the first one's wrong labels the second gives too
+        auroc, auroc_softmax    whether the peer's p_clean (softmax) ranks the right ones first; if
+                                p_clean is of now (verdict)
+    """
     y, clean = lesson                                                   # (2, N) each
     facts = {"kept": clean.double().mean()}
     if y_true is not None:                                              # diagnostics only

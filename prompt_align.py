@@ -13,11 +13,11 @@ candidates. CLIP is frozen.
     loss = pll + balance(pll, align) * align                both are equally large      Eq. 11
     table[i] = confidence(objective, l, S)                  only the rows of the batch  Eq. 2
 
-How much the alignment helps depends on objective and sets: tens of points, or less than nothing.
-So by default the sum of Eq. 11 is one of logits, not of losses: one prompt learns from `align` and
-CC, which is the likelihood of the sets, one from CC alone, one from `pll`. The first two predict
-together; the third joins them if a fifth of the sets is then likelier, for prompts that learnt from
-the other four fifths.
+This is `--teacher dynamic`. How much it helps depends on objective and sets: tens of points, or
+less than nothing. The default adds logits, not losses, of several prompts: one learns from `align`
+and CC, which is the likelihood of the sets, one from CC alone, one from `pll`. The first two
+predict together; the third joins them if a fifth of the sets is then likelier, for prompts that
+learnt from the other four fifths.
 
 A views of an image, B batch, C classes, D embedding, L context words, M prompts, N images, T tokens
 of a text, W width of a word; PiCO: d its space, Q keys; S (B, C) bool candidate sets; tau =
@@ -159,8 +159,9 @@ def helps(l, S):
 
 
 def follow_clip(p, S):
-    """Whether the half of the classes that CLIP finds least likely enters sets less than 3/4 as
-    often as wrong classes do on average; drawn uniformly, as often. p, S (N, C)."""
+    """Whether the candidates are CLIP's own likely mistakes: of each image the half of the classes
+    that it finds least likely enters sets less than 3/4 as often as wrong classes do on average
+    (were they drawn uniformly: just as often). p, S (N, C)."""
     known = ~S.all(dim=1)                               # full sets say nothing
     C, p, S = S.shape[1], p[known], S[known]
     size = S.sum(dim=1).double().mean()
@@ -363,8 +364,9 @@ def train(job, passes, sets, weights, trial=False):
 
 
 def choose_weights(job, passes, sets):
-    """The weights of the prompts, see Learner: the aligned one and CC's count alike. So does the
-    objective's if it `helps` to explain a fifth of the sets (N, C), for prompts of the others."""
+    """The weights of the prompts, see Learner: [1] Eq. 11; [1, 0] the aligned one alone; [1/2, 1/2]
+    it and CC's; then the objective's left out, or in: if it `helps` to explain a fifth of the sets
+    (N, C), for prompts that learnt from the others."""
     args, run = job.args, job.run
     if not args.align or args.teacher != "evidence":
         return [1.0]
