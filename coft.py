@@ -183,8 +183,8 @@ class Prompt(nn.Module):
     CLIP's zero-shot classifier."""
     def __init__(self, clip_model, class_names, template, L):
         super().__init__()
-        words = " ".join(["x"] * L) or template.split("{}")[0].strip() or "a photo of a"
-        rest = template.split("{}", 1)[1]
+        before, rest = template.split("{}", 1)
+        words = " ".join(["x"] * L) or before.strip() or "a photo of a"
         n = int((clip.tokenize(words)[0] > 0).sum()) - 2                # without <sot> and <eot>
         tokens = clip.tokenize([f"{words} {c}{rest}" for c in class_names], truncate=True)
         known = clip_model.token_embedding.weight.detach()              # (vocabulary, W)
