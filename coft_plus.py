@@ -68,11 +68,11 @@ WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise w
 TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
 FEW = 4             # (A5), (A11) images a class from which nothing is learnt
-NATS = 0.8, 1.0     # (A9) likelihood an image that equal sizes may cost: after phase 1, in phase 2
+NATS = 0.8, 1.0     # (A9) nats an image that equal class sizes may cost: after phase 1, in phase 2
 ROOT = 8            # (A11) the 8th root of the density: its D features are not independent
 FIT = 2**17         # (A9) to so many images, at most twice as many, Gaussians are fitted
-TIMES = 7           # (--shots) so often, at least, a labelled image is drawn as another is once
-SETTINGS = {    # flags not given: (tiny CLIPs, D < 512; OpenAI's models); two have no flag
+TIMES = 7           # (--shots) draws of a labelled image for each of another one, at least
+SETTINGS = {    # defaults: (tiny CLIPs, D < 512; OpenAI's models); lam, peft_size have no flag
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (4, 10), "epochs2": (4, 10),
               "gamma": (0.1, 0.1), "rounds": (3, 3)},
@@ -414,9 +414,9 @@ def clip_scale(job):
 @torch.no_grad()
 def part_way(job, models, steps):
     """(A5) Every weight of the models of phase 2 becomes start + far (learnt - start) (WiSE-FT,
-    arXiv 2109.01903), as small folders teach wrong labels by heart: far = steps / WHOLE times
-    (N / C - FEW) / 2, each at most 1; with K true labels a class at least K / (K + 1). Returns
-    far."""
+    arXiv 2109.01903), as in small folders wrong labels are learnt by heart: far = steps / WHOLE
+    times (N / C - FEW) / 2, each from 0 to 1; with K true labels a class at least K / (K + 1).
+    Returns far."""
     each = len(job.dataset.train) / len(job.dataset.class_names)
     enough, K = min(1.0, max(0.0, (each - FEW) / 2)), job.args.shots
     far = max(enough * min(1.0, steps / WHOLE), K / (K + 1))
@@ -448,7 +448,7 @@ def train_phase(job, number, round, students, weak, lesson, table):
         state = run.restore(parts)
         phase.step, lesson, table = state["step"], state["lesson"], Table(*state["table"])
         job.added, early = set(state["added"]), state["early"]
-    verdict = number == 1                               # p_clean is phase 1's, and stays, or A9's
+    verdict = number == 1                               # later phase 1's p_clean stands, or A9's
     density = number == 2 and {"gauss", "fresh"} <= job.added                   # (A9)
     if density and not first:                           # once in the features of phase 1,
         table, early = ask_density(job, students, table, 1 / 2, NATS[0])
