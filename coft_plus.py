@@ -16,14 +16,15 @@ Run:  python coft_plus.py                               the demo, offline; READM
       python coft_plus.py --data ./oxford_pets          with our sentences, prompts/oxford_pets.json
       python coft_plus.py --data ./photos --classes cat,dog --prompts mine.json
 
-`--recipe ours` takes the sentences, but one round and gamma 0: on its labels more rounds and the
-contrast as published lost on each world tried (.ci/results.md). In their place (A9): an image
-encoder that is being adapted gathers the images of a class, whatever some of their labels say. So
-after phase 1, and again in phase 2, a label is the class whose Gaussian, in the features, explains
-the image best, times what the model says; the peer's Gaussians, not its V-, call it clean. In
-phase 2 they are asked from a third of it on, and from its first epoch if after phase 1 classes of
-one size explain the features nearly as well as free ones; from that third on, if they do not, (A2)
-stops. In the end the models predict by them too (A11): with few images most is won there.
+`--recipe ours` takes the sentences, and one student's prompts start at them, so that the two err
+differently (A8); but one round and gamma 0: on its labels more rounds and the contrast as published
+lost on each world tried (.ci/results.md). In their place (A9): an image encoder that is being
+adapted gathers the images of a class, whatever some of their labels say. So after phase 1, and
+again in phase 2, a label is the class whose Gaussian, in the features, explains the image best,
+times what the model says; the peer's Gaussians, not its V-, call it clean. In phase 2 they are
+asked from a third of it on, and from its first epoch if after phase 1 classes of one size explain
+the features nearly as well as free ones; from that third on, if they do not, (A2) stops. In the end
+the models predict by them too (A11): with few images most is won there.
 
 The paper does not say, so decided here, beyond coft.py: three rounds, gamma 0.1, temperature 0.1,
 mu 0.99 at most, a queue of half an epoch or 16 batches at most; classes without sentences get the
@@ -58,7 +59,7 @@ ADDITIONS = {
     "part":    "A5 after few steps or few images the encoders go but part of the way: part_way",
     "crops":   "A6 the models of phase 2 predict the mean over five crops, as A5 lets: with_crops",
     "third":   "A7 --student learns in a phase 3, from what the models of phase 2 predict: adapt",
-    "mix":     "A8 the template is one sentence more, and the FC layer starts there too: adapt",
+    "mix":     "A8 the template is one sentence more; FC layers and a student start there: adapt",
     "gauss":   "A9 phase 2's labels, verdicts: where the features crowd; needs A3: ask_density",
     "start":   "A10 the FC layer starts no softer than CLIP's posterior: clip_scale",
     "head":    "A11 the models of phase 2 predict by the features' density too: fit_head",
@@ -242,11 +243,13 @@ class Keys(nn.Module):
 
 class Student(nn.Module):
     """One of the two models of phase 1: V+, V- and the light visual modules. CLIP itself is frozen
-    and shared. args: peft, peft_size, ctx."""
+    and shared. args: peft, peft_size, ctx. (A8) shift: from the template's texts to others."""
     def __init__(self, clip_model, class_names, template, args):
         super().__init__()
         self.pos = Prompt(clip_model, class_names, template, args.ctx)
         self.neg = Prompt(clip_model, class_names, template, args.ctx)
+        D = clip_model.visual.output_dim
+        self.register_buffer("shift", torch.zeros(len(class_names), D))
         self.prompts = self.adapters = None             # one of them, see clip/model.py
         widths = clip_model.visual.adapter_widths       # of its blocks
         if args.peft == "vpt":                                          # VPT-deep, arXiv 2203.12119
@@ -260,7 +263,8 @@ class Student(nn.Module):
         emb = torch.stack([self.pos(), self.neg()])                     # (2, C, T, W)
         shared = 1 + self.pos.ctx.shape[1]                              # <sot> [V_1] ... [V_n]
         t = clip_model.encode_text_embeddings(emb, self.pos.eot, shared)        # (2, C, D)
-        return F.normalize(t.float(), dim=-1).unbind()
+        t = F.normalize(t.float(), dim=-1) + self.shift
+        return F.normalize(t, dim=-1).unbind()
 
     def forward(self, clip_model, x, texts=None):
         """Images (B, 3, R, R), `texts` if they are at hand -> unit features f (B, D), l+ and l-
@@ -837,6 +841,8 @@ def adapt(args):
         if number == 1:                                 # section 3.3.1: each round starts anew
             students = nn.ModuleList(Student(clip_model, names, dataset.templates[0], args)
                                      for _ in range(2)).to(job.device)
+            if "mix" in added:                          # (A8) students that err differently
+                students[1].shift.copy_(t0 - clip.zeroshot_classifier(clip_model, prompts))
             lesson = next_labels(job, table)            # (2, N) each; --resume has others
         done = run.state and (run.state["phase"], run.state["round"]) > (number, round)
         if done or number > 1 and not args.epochs2:

@@ -1838,6 +1838,14 @@ def test_plus_run_folder(little, tmp_path, capsys, monkeypatch):
     assert read(tmp_path / "mine")[0][-1]["zero_shot"] != last["zero_shot"]
     assert run(tmp_path / "gone", "--prompts", "gone.json", script=coft_plus) == 2
     assert "gone.json" in capsys.readouterr().err
+    assert run(tmp_path / "ours", "--prompts", "mine.json", "--recipe", "ours", "--max-steps", 1,
+               script=coft_plus) == 0
+    model = coft_plus.load(tmp_path / "ours" / "model.pt")              # (A8)
+    texts = [[f"a photo of a {c}.", f"a drawing of a {c}"] for c in shapes.SHAPES]
+    with_template, template = (clip.zeroshot_classifier(model.clip_model, some)
+                               for some in (texts, [pair[:1] for pair in texts]))
+    assert not model.models[0].judge.shift.any()
+    torch.testing.assert_close(model.models[1].judge.shift, with_template - template)
 
 
 # ======== prompt_align.py ========
@@ -2490,8 +2498,8 @@ def test_shots(drawn, little, tmp_path, monkeypatch):               # section 4.
 
 def test_copies_are_the_same():
     """What coft.py has, coft_plus.py has word for word, but for what its parts change."""
-    changed = {"FullModel", "start_phase", "train_step", "train_phase", "predict", "Adapted",
-               "load", "adapt", "parse"}
+    changed = {"Student", "FullModel", "start_phase", "train_step", "train_phase", "predict",
+               "Adapted", "load", "adapt", "parse"}
     for name, one in vars(coft).items():
         if getattr(one, "__module__", "") == "coft" and name not in changed:
             assert inspect.getsource(one) == inspect.getsource(getattr(coft_plus, name)), name
