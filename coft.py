@@ -367,14 +367,16 @@ def clip_scale(job):
 
 
 @torch.no_grad()
-def part_way(job, models, steps):
+def part_way(job, models, steps, loss):
     """(A5) Every weight of the models of phase 2 becomes start + far (learnt - start) (WiSE-FT,
     arXiv 2109.01903), as in small folders wrong labels are learnt by heart: far = steps / WHOLE
-    times (N / C - FEW) / 2, each from 0 to 1; with K true labels a class at least K / (K + 1).
-    Returns far."""
+    times (N / C - FEW) / 2, each from 0 to 1, and at most (2 exp(-loss))^2: labels whose mean
+    probability in the last epoch is below one half were not learnt, they only pull. With K true
+    labels a class far is at least K / (K + 1). Returns far."""
     each = len(job.dataset.train) / len(job.dataset.class_names)
     enough, K = min(1.0, max(0.0, (each - FEW) / 2)), job.args.shots
-    far = max(enough * min(1.0, steps / WHOLE), K / (K + 1))
+    learnt = 4 * math.exp(-2 * loss)
+    far = max(min(enough * min(1.0, steps / WHOLE), learnt), K / (K + 1))
     for me in models:
         for v, v0 in zip(me.parameters(), FullModel(job.full, job.W0, me.judge).parameters()):
             v.copy_(v0.lerp(v, far))
@@ -400,6 +402,7 @@ def train_phase(job, number, students, weak, lesson, table):
     if run.state:
         state = run.restore(parts)
         phase.step, lesson, table = state["step"], state["lesson"], Table(*state["table"])
+        loss = state["loss"]
     verdict = number == 1                               # later phase 1's p_clean stands
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(weak), epoch=first, seed=4 * args.seed + number)
@@ -420,6 +423,7 @@ def train_phase(job, number, students, weak, lesson, table):
                                  f"phase {number} epoch {epoch + 1}/{epochs}", steps - phase.step):
             run.rows.append(train_step(job, phase, batches, y, clean))
         means = run.means(f"--lr{min(number, 2)}")
+        loss = means["loss"]
         rate = (1.0, float(verdict))                    # how far p, p_clean go to the new ones
         if "views" in job.added:                        # (A1) running means of the epochs; p has
             rate = 1 / (epoch + 2), verdict / (epoch + 1)       # the table before as one more
@@ -429,9 +433,11 @@ def train_phase(job, number, students, weak, lesson, table):
                    accuracy=test_accuracy(job, phase.students),
                    **diagnostics(table, lesson, verdict, images.y_true))
         run.checkpoint(parts, phase=number, epoch=epoch + 1, step=phase.step, table=tuple(table),
-                       lesson=lesson)
+                       lesson=lesson, loss=loss)
     if number > 1:
-        far = part_way(job, phase.students, phase.step) if "part" in job.added else 1.0     # (A5)
+        far = 1.0
+        if "part" in job.added:                         # (A5); phase 3's labels are as good as any
+            far = part_way(job, phase.students, phase.step, loss if number == 2 else 0.0)
         job.crops = far * ("crops" in job.added)        # (A6) as far as they have left CLIP
     return table, phase.students
 

@@ -384,6 +384,7 @@ def train_step(job, phase, batches, y, clean):
         with job.autocast():
             v, *l = phase.forward[m](job.clip_model, x)                 # (B, D); l+, l- (B, C)
         loss = total_loss(job, phase.number, *map(data.gather, l), target)
+        losses.append(loss.detach())                    # of the labels alone
         if phase.keys:                                  # Eq. 8-10; keys have no gradient
             keys = phase.keys[m]
             with torch.no_grad(), job.autocast():
@@ -392,7 +393,6 @@ def train_step(job, phase, batches, y, clean):
             loss = loss + job.args.gamma * info_nce(q, k, keys.queue.clone())
             keys.push(k)
         job.scaler.scale(data.world_size() * loss).backward()       # DDP takes the mean
-        losses.append(loss.detach())
     job.scaler.step(phase.optimizer)                    # left out if fp16 overflowed,
     job.scaler.update()                                 # which lowers the scale
     phase.step += 1
@@ -416,14 +416,16 @@ def clip_scale(job):
 
 
 @torch.no_grad()
-def part_way(job, models, steps):
+def part_way(job, models, steps, loss):
     """(A5) Every weight of the models of phase 2 becomes start + far (learnt - start) (WiSE-FT,
     arXiv 2109.01903), as in small folders wrong labels are learnt by heart: far = steps / WHOLE
-    times (N / C - FEW) / 2, each from 0 to 1; with K true labels a class at least K / (K + 1).
-    Returns far."""
+    times (N / C - FEW) / 2, each from 0 to 1, and at most (2 exp(-loss))^2: labels whose mean
+    probability in the last epoch is below one half were not learnt, they only pull. With K true
+    labels a class far is at least K / (K + 1). Returns far."""
     each = len(job.dataset.train) / len(job.dataset.class_names)
     enough, K = min(1.0, max(0.0, (each - FEW) / 2)), job.args.shots
-    far = max(enough * min(1.0, steps / WHOLE), K / (K + 1))
+    learnt = 4 * math.exp(-2 * loss)
+    far = max(min(enough * min(1.0, steps / WHOLE), learnt), K / (K + 1))
     for me in models:
         for v, v0 in zip(me.parameters(), FullModel(job.full, job.W0, me.judge).parameters()):
             v.copy_(v0.lerp(v, far))
@@ -451,6 +453,7 @@ def train_phase(job, number, round, students, weak, lesson, table):
     if run.state:
         state = run.restore(parts)
         phase.step, lesson, table = state["step"], state["lesson"], Table(*state["table"])
+        loss = state["loss"]
         job.added, early = set(state["added"]), state["early"]
     verdict = number == 1                               # later phase 1's p_clean stands, or A9's
     density = number == 2 and {"gauss", "fresh"} <= job.added                   # (A9)
@@ -476,6 +479,7 @@ def train_phase(job, number, round, students, weak, lesson, table):
                                  steps - phase.step):
             run.rows.append(train_step(job, phase, batches, y, clean))
         means = run.means(f"--lr{min(number, 2)}")
+        loss = means["loss"]
         rate = (1.0, float(verdict))                    # how far p, p_clean go to the new ones
         if "views" in job.added:                        # (A1) running means of the epochs; p has
             rate = 1 / (epoch + 2), verdict / (epoch + 1)       # the table before as one more
@@ -491,9 +495,12 @@ def train_phase(job, number, round, students, weak, lesson, table):
                    accuracy=test_accuracy(job, phase.students),
                    **diagnostics(table, lesson, verdict, images.y_true))
         run.checkpoint(parts, phase=number, round=round, epoch=epoch + 1, step=phase.step,
-                       table=tuple(table), lesson=lesson, added=sorted(job.added), early=early)
+                       table=tuple(table), lesson=lesson, loss=loss, added=sorted(job.added),
+                       early=early)
     if number > 1:
-        far = part_way(job, phase.students, phase.step) if "part" in job.added else 1.0     # (A5)
+        far = 1.0
+        if "part" in job.added:                         # (A5); phase 3's labels are as good as any
+            far = part_way(job, phase.students, phase.step, loss if number == 2 else 0.0)
         job.crops = far * ("crops" in job.added)        # (A6) as far as they have left CLIP
         enough = len(images) > FEW * len(job.dataset.class_names)
         if enough and "head" in job.added:              # few images: Gaussians of next to no width
