@@ -56,7 +56,7 @@ ADDITIONS = {
     "balance": "A2 labels from posteriors balanced over the classes: guess",
     "fresh":   "A3 labels, and so verdicts, anew each epoch of phase 2: train_phase",
     "adam":    "A4 AdamW, rates relative to the size of words, not SGD: param_groups",
-    "part":    "A5 after few steps or few images the encoders go but part of the way: part_way",
+    "part":    "A5 the encoders go part of the way: few steps or images, labels unlearnt: part_way",
     "crops":   "A6 the models of phase 2 predict the mean over five crops, as A5 lets: with_crops",
     "third":   "A7 --student learns in a phase 3, from what the models of phase 2 predict: adapt",
     "mix":     "A8 the template is one sentence more; FC layers and a student start there: adapt",
