@@ -375,7 +375,8 @@ def start_phase(job, number, students, steps):
 def train_step(job, phase, batches, y, clean):
     """One step of both students, each on its own batch (x, x_key, i) or (x, i). y, clean (2, N):
     see train_phase. Returns what the log shows."""
-    scale, losses, C = job.scaler.get_scale(), [], len(job.dataset.class_names)
+    scale, C = job.scaler.get_scale(), len(job.dataset.class_names)
+    losses, contrasts = [], []
     phase.optimizer.zero_grad()
     for m, (x, *x_key, i) in enumerate(batches):                                # x (B, 3, R, R)
         i = data.gather(i)                              # of all processes
@@ -384,13 +385,15 @@ def train_step(job, phase, batches, y, clean):
         with job.autocast():
             v, *l = phase.forward[m](job.clip_model, x)                 # (B, D); l+, l- (B, C)
         loss = total_loss(job, phase.number, *map(data.gather, l), target)
-        losses.append(loss.detach())                    # of the labels alone
+        losses.append(loss.detach())                    # of the labels alone, which (A5) asks
         if phase.keys:                                  # Eq. 8-10; keys have no gradient
             keys = phase.keys[m]
             with torch.no_grad(), job.autocast():
                 k = keys.visual(*x_key).float()                                 # (B, D)
             q, k = (F.normalize(data.gather(u), dim=-1) for u in (v, k))
-            loss = loss + job.args.gamma * info_nce(q, k, keys.queue.clone())
+            contrast = job.args.gamma * info_nce(q, k, keys.queue.clone())
+            contrasts.append(contrast.detach())
+            loss = loss + contrast
             keys.push(k)
         job.scaler.scale(data.world_size() * loss).backward()       # DDP takes the mean
     job.scaler.step(phase.optimizer)                    # left out if fp16 overflowed,
@@ -401,7 +404,8 @@ def train_step(job, phase, batches, y, clean):
         phase.schedule.step()
         for keys, student in zip(phase.keys, phase.students):
             keys.follow(student.visual, min(0.99, phase.step / (phase.step + 9)))
-    return {"loss": sum(losses) / 2, "skipped": int(skipped)}
+    contrast = {"contrast": sum(contrasts) / 2} if contrasts else {}
+    return {"loss": sum(losses) / 2, **contrast, "skipped": int(skipped)}
 
 
 @torch.no_grad()
