@@ -77,7 +77,7 @@ def decode(path, draft=False):
     with Image.open(path, formats=FORMATS) as image:
         if draft:
             image.draft("RGB", (1, 1))
-        return image.convert("RGB")
+        return to_rgb(image)
 
 
 class Images(Dataset):

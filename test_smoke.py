@@ -872,6 +872,11 @@ def test_preprocessing_is_clips(tmp_path):
     for k, size in enumerate([(50, 37), (32, 32), (301, 23), (1, 7)]):
         for mode in ("RGB", "L", "RGBA", "P"):
             picture(tmp_path / f"{k}{mode}.png", k, size, mode)
+    deep = torch.arange(0, 2**16, 64, dtype=torch.int32).view(32, 32).numpy()
+    Image.fromarray(deep.astype("uint16")).save(tmp_path / "deep.png")          # 16 bits
+    for image in (data.decode(tmp_path / "deep.png"), clip_files.to_rgb(Image.fromarray(deep))):
+        assert image.getpixel((16, 16)) == (132, 132, 132)          # 33,792 / 256
+    (tmp_path / "deep.png").unlink()
     images, plain = data.load(tmp_path, "a,b").train, data.transforms(32)[0]
     views = images.view(plain, data.Plain(plain.prepare, mirror=True))
     (x, mirrored, _), = data.DeviceLoader(views, 16)

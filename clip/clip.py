@@ -131,7 +131,8 @@ def zeroshot_classifier(model, texts):
 
 
 def to_rgb(image):
-    return image.convert("RGB")
+    """Of 16 bits the upper eight: Pillow's own conversion makes all above 255 white."""
+    return (image.point(lambda v: v / 256) if image.mode[0] == "I" else image).convert("RGB")
 
 
 def _transform(n_px):
