@@ -67,7 +67,7 @@ ADDITIONS = {
     "fresh":   "A3 labels, and so verdicts, anew each epoch of phase 2: train_phase",
     "adam":    "A4 AdamW, rates relative to the size of words, not SGD: param_groups",
     "part":    "A5 the encoders go part of the way: few steps or images, labels unlearnt: part_way",
-    "crops":   "A6 the models of phase 2 predict the mean over five crops, as A5 lets: with_crops",
+    "crops":   "A6 predict the mean over five crops, as A5 or CLIP lets: with_crops, crops_tell",
     "third":   "A7 --student learns in a phase 3, from what the models of phase 2 predict: adapt",
     "start":   "A10 the FC layer starts no softer than CLIP's posterior: clip_scale",
 }
@@ -367,6 +367,22 @@ def clip_scale(job):
 
 
 @torch.no_grad()
+def crops_tell(job, model):
+    """(A6) Whether five crops weigh all from the start: if CLIP itself learns as much of the class
+    from one of them as from the plain image, but for 2 %. Where it learns less, they cut objects
+    off. What it learns is the mutual information, H(mean over images of p) - mean of H(p)."""
+    images, C = data.some(job.dataset.train), len(job.dataset.class_names)
+    plain, p = job.train.dataset.transforms, torch.zeros(6, len(images), C)
+    for x, i in job.load(images.view(*plain)):                                  # (B, 3, R, R), (B,)
+        with job.autocast():
+            _, l, _ = model(job.clip_model, with_crops(x, 1.0))                 # (6 B, C)
+        p[:, i] = l.softmax(dim=1).cpu().unflatten(0, (6, -1))
+    p, H = data.all_reduce_sum(p), torch.special.entr                           # (6, n, C)
+    told = H(p.mean(dim=1)).sum(dim=1) - H(p).sum(dim=2).mean(dim=1)            # (6,)
+    return bool(told[1:].mean() > 0.98 * told[0])
+
+
+@torch.no_grad()
 def part_way(job, models, steps, loss):
     """(A5) Every weight of the models of phase 2 becomes start + far (learnt - start) (WiSE-FT,
     arXiv 2109.01903), as in small folders wrong labels are learnt by heart: far = steps / WHOLE
@@ -438,7 +454,7 @@ def train_phase(job, number, students, weak, lesson, table):
         far = 1.0
         if "part" in job.added:                         # (A5); phase 3's labels are as good as any
             far = part_way(job, phase.students, phase.step, loss if number == 2 else 0.0)
-        job.crops = far * ("crops" in job.added)        # (A6) as far as they have left CLIP
+        job.crops = max(job.crops, far * ("crops" in job.added))    # (A6) as they have left CLIP
     return table, phase.students
 
 
@@ -615,6 +631,7 @@ def adapt(args):
     t0 = starts[clip_model]                                                     # (C, D)
     zero = test_accuracy(job, [ZeroShot(t0)])
     data.report_zero_shot(job, zero)
+    job.crops = float("crops" in added and crops_tell(job, ZeroShot(t0)))       # (A6)
     weak, _ = data.augmented_views(job, lambda view: predict(
         job, [ZeroShot(t0)], job.load(view), False, top=len(names)).p[0])       # (n, C)
     looks, views, table = job.train, 1, None

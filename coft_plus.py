@@ -24,7 +24,8 @@ again in phase 2, a label is the class whose Gaussian, in the features, explains
 times what the model says; the peer's Gaussians, not its V-, call it clean. In phase 2 they are
 asked from a third of it on, and from its first epoch if after phase 1 classes of one size explain
 the features nearly as well as free ones; from that third on, if they do not, (A2) stops. In the end
-the models predict by them too (A11): with few images most is won there.
+the models predict by them too (A11): with few images most is won there. As that asks five crops
+anyway, their softmax weighs what A5 lets; coft.py's crops_tell was worth nothing here.
 
 The paper does not say, so decided here, beyond coft.py: three rounds, gamma 0.1, temperature 0.1,
 mu 0.99 at most, a queue of half an epoch or 16 batches at most; classes without sentences get the

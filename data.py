@@ -797,14 +797,18 @@ def report_zero_shot(job, accuracy):
               file=sys.stderr)
 
 
+def some(images):
+    """A thousand of the images, from all over, or all where there are fewer."""
+    return images.subset(torch.linspace(0, len(images) - 1, min(1000, len(images))).long())
+
+
 def augmented_views(job, posterior):
     """(weak, strong) transforms. Without --flip, --no-flip they mirror if that moves the zero-shot
     posterior(view of n images) (n, C) less than weak cropping does (a mirrored 3 is not a 3)."""
     size, flip, images = job.clip_model.visual.input_resolution, job.args.flip, job.dataset.train
     if flip is None:
-        images = images.subset(torch.linspace(0, len(images) - 1, min(1000, len(images))).long())
         plain, weak, _ = transforms(size, flip=False)
-        p, *others = (posterior(images.view(t)).clamp(min=1e-8)                 # (n, C) each
+        p, *others = (posterior(some(images).view(t)).clamp(min=1e-8)           # (n, C) each
                       for t in (plain, Plain(plain.prepare, mirror=True), weak))
         mirrored, cropped = (float((p * (p / q).log()).sum(dim=1).mean()) for q in others)
         flip = mirrored < cropped

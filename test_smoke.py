@@ -1084,6 +1084,19 @@ def test_five_crops():                                  # (A6)
         torch.testing.assert_close(table.p[0], (1 - share) * p[0] + share * sum(p[1:]) / 5)
 
 
+def test_crops_tell():                                  # (A6)
+    """Three images of three classes: a posterior as sharp, or nearly, from a crop as from all."""
+    images = data.Images(["a", "b", "c"], pictures=[Image.new("RGB", (9, 9))] * 3)
+    plain, y = data.transforms(8)[0], torch.arange(3)
+    job = SimpleNamespace(
+        dataset=SimpleNamespace(train=images, class_names="abc"), clip_model=None,
+        autocast=nullcontext, load=lambda view: data.DeviceLoader(view, 3),
+        train=SimpleNamespace(dataset=images.view(plain)))
+    for sharp, tells in ((5.0, True), (3.9, True), (3.5, False)):       # MI / 0.921: 0.985, 0.912
+        l = torch.tensor([4.0, *[sharp] * 5])[:, None, None] * F.one_hot(y)         # (6, 3, 3)
+        assert coft.crops_tell(job, lambda _, views: (None, l.flatten(0, 1), None)) is tells
+
+
 def test_eq_4_6_losses():
     l_pos, l_neg = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     y, y_bar = torch.tensor([0, 3, 1, 2, 2]), torch.tensor([1, 0, 0, 3, 1])
@@ -1821,7 +1834,8 @@ def test_our_prompts_fit_their_data_sets():
     assert files["demo"].keys() == set(shapes.SHAPES) and len(files["oxford_pets"]) == 37
 
 
-def test_without_its_parts_it_is_coft(little, tmp_path):
+def test_without_its_parts_it_is_coft(little, tmp_path, monkeypatch):
+    monkeypatch.setattr(coft, "crops_tell", lambda *_: False)           # which only CoFT asks
     off = ["--rounds", 1, "--gamma", 0, "--prompts", "", "--max-steps", 2]
     assert run(tmp_path / "plus", *off, "--recipe", "ours-gauss-head", script=coft_plus) == 0
     assert run(tmp_path / "coft", "--epochs1", 1, "--epochs2", 1, "--max-steps", 2) == 0
@@ -2505,7 +2519,7 @@ def test_shots(drawn, little, tmp_path, monkeypatch):               # section 4.
 def test_copies_are_the_same():
     """What coft.py has, coft_plus.py has word for word, but for what its parts change."""
     changed = {"Student", "FullModel", "start_phase", "train_step", "train_phase", "predict",
-               "Adapted", "load", "adapt", "parse"}
+               "Adapted", "load", "adapt", "parse", "crops_tell"}       # the last: not in it
     for name, one in vars(coft).items():
         if getattr(one, "__module__", "") == "coft" and name not in changed:
             assert inspect.getsource(one) == inspect.getsource(getattr(coft_plus, name)), name
