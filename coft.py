@@ -454,7 +454,8 @@ def train_phase(job, number, students, weak, lesson, table):
         far = 1.0
         if "part" in job.added:                         # (A5); phase 3's labels are as good as any
             far = part_way(job, phase.students, phase.step, loss if number == 2 else 0.0)
-        job.crops = max(job.crops, far * ("crops" in job.added))    # (A6) as they have left CLIP
+        if "crops" in job.added:                        # (A6) at least as far as they left CLIP
+            job.crops = max(job.crops, far)
     return table, phase.students
 
 
