@@ -759,18 +759,12 @@ def export(job, model):
 
 def finish(job, models, zero=None):
     """The files of the run folder, and the last line of its log."""
-    args, run, test, names = job.args, job.run, job.dataset.test, job.dataset.class_names
+    args = job.args
     if not args.load:
         data.save_model(job, models, recipe=args.recipe, student=args.student, crops=job.crops,
                         light={"peft": args.peft, "peft_size": args.peft_size, "ctx": args.ctx})
     table = predict(job, models, job.test, mean=True, crops=job.crops)          # (A6)
-    p, p_clean, index = (v[0] for v in table)                                   # (N, H) each
-    y = labels_of(p, index)                                                     # (N,)
-    data.write_predictions(run.out / "predictions.csv", test.names, names, y, at(p, index, y),
-                           at(p_clean, index, y))
-    run.say(f"results in {run.out}" + f"; five crops weigh {job.crops:.0%}" * (job.crops > 0))
-    run.report(zero_shot=zero, accuracy=data.accuracy(y, test.y_true), crops=job.crops)
-    data.write_report(run, test, names, p, index)
+    data.write_results(job, *(v[0] for v in table), zero, crops=job.crops)
     if args.export:
         export(job, models[0])
 

@@ -1076,13 +1076,26 @@ def replacing(path, mode="wb", **how):
         raise DataError(f"cannot write {path}: {reason(e)}") from None
 
 
-def write_predictions(path, names, class_names, y, confidence, p_clean):
-    """predictions.csv: a row per image; its class y, the softmax and p_clean of it, (N,) each."""
+def write_results(job, p, p_clean, index, zero_shot, **facts):
+    """predictions.csv, report.html, and between them the last line of the log, with `facts`.
+    p, p_clean (N, H): softmax of the test images and their p_clean, for the classes index."""
+    run, test, names = job.run, job.dataset.test, job.dataset.class_names
+    y = write_predictions(run.out / "predictions.csv", test.names, names, p, p_clean, index)
+    run.say(f"results in {run.out}")
+    run.report(zero_shot=zero_shot, accuracy=accuracy(y, test.y_true), **facts)
+    write_report(run, test, names, p, index)
+
+
+def write_predictions(path, names, class_names, p, p_clean, index):
+    """A row per image: its likeliest class, which is returned, (N,), its p and p_clean, (N, H)."""
+    best = p.argmax(dim=1, keepdim=True)                                        # (N, 1)
+    y, *scores = (v.gather(1, best)[:, 0] for v in (index.long(), p, p_clean))  # (N,) each
     with replacing(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         table = csv.writer(file)
         table.writerow(["path", "class", "confidence", "p_clean"])
-        for name, k, a, b in zip(names, y.tolist(), confidence.tolist(), p_clean.tolist()):
+        for name, k, a, b in zip(names, y.tolist(), *(v.tolist() for v in scores)):
             table.writerow([name, class_names[k], f"{a:.4f}", f"{b:.4f}"])
+    return y
 
 
 def pseudo_label_sheet(path, images, class_names, y, score):

@@ -512,25 +512,15 @@ def load(path, device="cpu", weights=None):
     return Adapted(saved, clip_model, preprocess)
 
 
-def finish(job, p, p0, **facts):
-    """predictions.csv, where p_clean is CLIP's own probability of the class, and report.html. p, p0
-    (N, C): learnt and zero-shot. Returns the summary."""
-    run, test, names = job.run, job.dataset.test, job.dataset.class_names
-    y = p.argmax(dim=1)                                                         # (N,)
-    data.write_predictions(run.out / "predictions.csv", test.names, names, y,
-                           *(v.gather(1, y[:, None])[:, 0] for v in (p, p0)))
-    run.say(f"results in {run.out}")
-    zero, accuracy = (data.accuracy(k, test.y_true) for k in (p0.argmax(dim=1), y))
-    summary = run.report(zero_shot=zero, accuracy=accuracy, **facts)
-    data.write_report(run, test, names, p, torch.arange(len(names)).expand(p.shape))
-    return summary
 
 
 # ======== main ========
 
 def adapt(args):
-    """The whole run: candidate sets, training, the files. Returns the summary."""
-    made = args.supervised or args.candidates in ("uniform", "instance")    # from the labels
+    """The whole run: candidate sets, training, the files."""
+    if args.supervised:                                 # arXiv 2109.01134
+        args.candidates, args.q, args.objective, args.align = "uniform", 0.0, "naive", False
+    made = args.candidates in ("uniform", "instance")   # from the labels
     if not made and args.shots is None:
         args.shots = 0                                  # with a FILE all images, unless asked
     job = data.setup(args, SETTINGS)    # run, device, dataset, clip_model, load
@@ -559,21 +549,22 @@ def adapt(args):
     job.t_hand = clip.zeroshot_classifier(clip_model, prompts)                  # (C, D)
     job.f_test = encode(job, dataset.test.view(plain))[0]                       # (N, D)
     p0_test = posterior(job, job.f_test, job.t_hand)                            # (N, C)
+    zero_shot = data.accuracy(p0_test.argmax(dim=1), dataset.test.y_true)
+    index = torch.arange(len(names)).expand(p0_test.shape)                      # (N, C)
     if args.load:
         with job.autocast():
             t = Adapted(job.saved, clip_model).t.float()                        # (C, D)
-        return finish(job, posterior(job, job.f_test, t), p0_test)
+        p = posterior(job, job.f_test, t)                                       # (N, C)
+        return data.write_results(job, p, p0_test, index, zero_shot)
 
     job.f_train = encode(job, dataset.train.view(plain))[0]                     # (N, D)
-    if args.supervised:                                 # arXiv 2109.01134
-        sets, args.objective, args.align = F.one_hot(y_true, len(names)).bool(), "naive", False
-    elif made:
+    if made:
         p = posterior(job, job.f_train, job.t_hand)                             # (N, C)
         p = p if args.candidates == "instance" else torch.ones_like(p)
         sets = draw_candidates(p, y_true, args.q, args.seed)                    # (N, C)
     about = describe_candidates(sets, y_true) + note
     run.say(f"{len(sets)} images in use, {about}")
-    data.report_zero_shot(job, data.accuracy(p0_test.argmax(dim=1), dataset.test.y_true))
+    data.report_zero_shot(job, zero_shot)
 
     # the prompt learns from augmented views: as CLIP is frozen, from their features
     weak, strong = data.augmented_views(job, lambda view: posterior(
@@ -587,12 +578,13 @@ def adapt(args):
         weights = choose_weights(job, passes, sets)
     learner = train(job, passes, sets, weights)
 
-    # the results
+    # the results; p_clean of predictions.csv is CLIP's own posterior
     l_train, l_test, percent = evaluate(job, learner)                           # (N, C) each
     write_disambiguated(run.out / "disambiguated.csv", dataset.train, names, sets, l_train)
     data.save_model(job, learner.prompts, ctx=args.ctx)
-    return finish(job, l_test.softmax(dim=1), p0_test, disambiguation=percent["disambiguation"],
-                  weights=learner.prompts.weights.tolist(), candidates=about)
+    data.write_results(job, l_test.softmax(dim=1), p0_test, index, zero_shot,
+                       disambiguation=percent["disambiguation"], candidates=about,
+                       weights=learner.prompts.weights.tolist())
 
 
 def parse(argv=None):

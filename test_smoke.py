@@ -945,9 +945,10 @@ def test_cached_pixels(tmp_path, monkeypatch, workers):
 
 
 def test_predictions_and_replacing(tmp_path):
-    p, path = torch.tensor([0.75, 0.9]), tmp_path / "p.csv"
-    data.write_predictions(path, ["a,1.jpg", "é\udce9.jpg"], ["cat", "dog"], torch.tensor([1, 0]),
-                           p, 1 - p)
+    p, path = torch.tensor([[0.25, 0.75], [0.9, 0.1]]), tmp_path / "p.csv"
+    y = data.write_predictions(path, ["a,1.jpg", "é\udce9.jpg"], ["cat", "dog"], p, 1 - p,
+                               all_classes(p))
+    assert y.tolist() == [1, 0]
     before = path.read_text(encoding="utf-8")
     assert before.splitlines() == ["path,class,confidence,p_clean", '"a,1.jpg",dog,0.7500,0.2500',
                                    "é\\udce9.jpg,cat,0.9000,0.1000"]

@@ -375,10 +375,8 @@ def one_round(N, C, top, plus, threads, device, queue):
         torch.save({"table": tuple(table), "lesson": lesson}, f"{folder}/last.pt")
         lap("last.pt")
         size = Path(folder, "last.pt").stat().st_size / 2**30
-        p, p_clean, index = (v[0] for v in table)                           # (N, H) each
-        k = coft.labels_of(p, index)
         data.write_predictions(f"{folder}/predictions.csv", [f"{i}.jpg" for i in range(N)], names,
-                               k, coft.at(p, index, k), coft.at(p_clean, index, k))
+                               *(v[0] for v in table))
         lap("predictions.csv")
     peaks = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, (
         torch.cuda.max_memory_allocated() / 2**30)
