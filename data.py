@@ -472,6 +472,8 @@ def read_folders(root, known, classes, split):
         raise DataError(f"{root}: the folders {', '.join(names)} are no classes. {EXPECTED}")
     mine = {plain_name(c) for c in classes or names} & {plain_name(c) for c in names}
     if len(names) > 1 and (mine or WORDNET_ID.fullmatch(names[0])):     # not 2023/, 2024/
+        if beside := sum(d.lower().endswith(EXTENSIONS) for d in os.listdir(root / base)):
+            print(f"warning: {beside} images beside the class folders are left out", file=sys.stderr)
         return hash_split(names, images) if split else ("class folders", names, images, images)
     images = Images(list_images(root), None, root)
     return "unlabelled, train = test", None, images, images

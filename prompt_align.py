@@ -466,7 +466,8 @@ def candidate_rows(path):
             yield f"{path}: {image}", image, [str(cell) for cell in cells]
         return
     text = data.read_text(path)
-    rows = csv.reader(text.splitlines(), delimiter="," if "," in text.split("\n")[0] else ";")
+    first = text.split("\n")[0]
+    rows = csv.reader(text.splitlines(), delimiter=next((d for d in ",;\t" if d in first), ","))
     for image, *cells in filter(None, rows):
         cells = "|".join(cells).replace(";", "|").split("|")
         cells = [cell.strip() for cell in cells if cell.strip()]

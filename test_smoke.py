@@ -737,7 +737,7 @@ def test_download(tmp_path, capsys, monkeypatch):
         assert "no such folder" in refuses(tmp_path / path)
 
 
-def test_folders(tmp_path):
+def test_folders(tmp_path, capsys):
     class_folders(own := tmp_path / "test")
     assert data.load(own, "Bear,cat,DOG").class_names == ["Bear", "cat", "DOG"]
     d = data.load(own, "dog,emu,cat,bear")              # any order, more of them
@@ -745,7 +745,9 @@ def test_folders(tmp_path):
     assert [d.class_names[k] for k in d.test.y_true] == [n.split("/")[0] for n in d.test.names]
     assert "neither --classes nor a model has: cat, dog" in refuses(own, "bear,emu")
     class_folders(alike := tmp_path / "alike", 1, ("A+", "A", "caf\u00e9"))
+    picture(alike / "loose.jpg")
     d = data.load(alike, "caf\u00e9,A+,A")              # names that differ in a sign alone
+    assert "warning: 1 images beside the class folders are left out" in capsys.readouterr().err
     assert [d.class_names[k] for k in d.test.y_true] == [n.split("/")[0] for n in d.test.names]
     class_folders(accent := tmp_path / "accent", 1, ("cafe\u0301", "cat"))     # as macOS writes it
     assert data.load(accent, "cat,caf\u00e9").test.y_true.tolist() == [1, 0]
@@ -2200,6 +2202,7 @@ ROWS = "Image,labels\n./cat\\1.jpg,bengal_CAT|2\n\ndog/1.jpg,0,beagle,\n3.jpg,1;
     ("dog/1.jpg,2\n2.jpg,0", ["2", "1", "0"], "111 100 001 111", 2),    # names, before indices
     ("3.jpg,missile", ["missile", "a", "missile"], "111 111 111 101", 3),   # both of the name
     ('"dog/2.jpg","0;1"', CLASSES, "111 111 110 111", 3),
+    ("dog/2.jpg\t0\tbengal cat", CLASSES, "111 111 110 111", 3),
 ])
 def test_read_candidates(tmp_path, content, classes, want, none):
     path = tmp_path / ("f.csv" if isinstance(content, str) else "f.json")
