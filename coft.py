@@ -613,7 +613,8 @@ def adapt(args):
     job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
     job.crops = job.saved["crops"] if args.load else 0.0
     given = job.saved if args.load else vars(args)
-    other = job.full = data.second_clip(given["student"], clip_model, given["quick_gelu"])
+    other = job.full = data.second_clip(args.student or given["student"], clip_model,
+                                       given["quick_gelu"])
     if args.load:
         return finish(job, Adapted(job.saved, clip_model, other).models)
     if args.peft == "vpt" and not hasattr(clip_model.visual, "transformer"):

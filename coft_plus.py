@@ -788,7 +788,7 @@ def load_prompts(path, class_names):
     says = (f"{path} has no sentences for {len(missing)} of {len(class_names)} classes: "
             f"{', '.join(missing[:9])}")
     if len(missing) == len(class_names):
-        raise data.DataError(f"{says}; its keys: {', '.join(list(table)[:9])}")
+        raise data.DataError(f"{says}; its keys: {', '.join(list(table)[:9])}; --prompts '': none")
     if missing:
         print(f"warning: {says}; they get the template", file=sys.stderr)
     return sentences
@@ -809,7 +809,8 @@ def adapt(args):
     job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
     job.crops = job.saved["crops"] if args.load else 0.0
     given = job.saved if args.load else vars(args)
-    other = job.full = data.second_clip(given["student"], clip_model, given["quick_gelu"])
+    other = job.full = data.second_clip(args.student or given["student"], clip_model,
+                                       given["quick_gelu"])
     if args.load:
         return finish(job, Adapted(job.saved, clip_model, other).models)
     if args.peft == "vpt" and not hasattr(clip_model.visual, "transformer"):

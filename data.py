@@ -465,15 +465,13 @@ def read_folders(root, known, classes, split):
             test.y_true = torch.tensor([names.index(c) for c in tested])[test.y_true]
         return f"{parts[0]}/{'' if seen else ', no labels'} + {parts[1]}/", names, train, test
     names, images = class_folders(root, base, known)
-    if names in (["train"], ["test"]):                  # alone: its own folders are the classes
+    if names in [[d] for d in SPLITS]:                  # alone: its own folders are the classes
         names, images = class_folders(root, parts[0], known)
     if len(names) > 1 and ({c.casefold() for c in names} & {*SPLITS[1:], "training", "testing"} or
                            all(re.match("(?i)train|test|val|dev", c) for c in names)):
         raise DataError(f"{root}: the folders {', '.join(names)} are no classes. {EXPECTED}")
     mine = {plain_name(c) for c in classes or names} & {plain_name(c) for c in names}
     if len(names) > 1 and (mine or WORDNET_ID.fullmatch(names[0])):     # not 2023/, 2024/
-        if beside := sum(d.lower().endswith(EXTENSIONS) for d in os.listdir(root / base)):
-            print(f"warning: {beside} images beside the class folders are left out", file=sys.stderr)
         return hash_split(names, images) if split else ("class folders", names, images, images)
     images = Images(list_images(root), None, root)
     return "unlabelled, train = test", None, images, images
@@ -481,7 +479,7 @@ def read_folders(root, known, classes, split):
 
 def class_folders(root, base, known):
     """(class names, Images) of the class folders in root/base; ([], Images without labels) if it
-    has none. The order of the classes is that of torchvision's ImageFolder."""
+    has none, or `images` alone. The order of the classes is that of torchvision's ImageFolder."""
     names, files, labels = [], [], []
     for d in sorted(e.name for e in os.scandir(root / base) if e.is_dir() and e.name[0] != "."):
         found = list_images(root, f"{base}/{d}".lstrip("/"))
@@ -489,7 +487,7 @@ def class_folders(root, base, known):
             files += found
             labels += [len(names)] * len(found)
             names.append(known.rename.get(d, d))
-    if not names:
+    if names in ([], ["images"]):
         return [], Images(list_images(root, base), None, root)
     return names, Images(files, labels, root)
 
@@ -580,6 +578,9 @@ def load(path, classes=None, template=None, adapted=None):
             text, names, *parts = read_torchvision(root, known)
         else:
             text, names, *parts = read_folders(root, known, classes, not adapted)
+            others = len(list_images(root)) - len({*parts[0].names, *parts[1].names})
+            if others and not known.folders[0]:         # one's own
+                print(f"warning: {others} other images in {path} are left out", file=sys.stderr)
         if not all(parts):                              # without images
             raise DataError(f"{path}: no images ({', '.join(EXTENSIONS)}). {EXPECTED}")
         if not (names or classes):
@@ -662,7 +663,7 @@ def by_name_of(names, wanted, parts):
     DataError if the images have others."""
     alike = len(set(map(plain_name, wanted))) < len(wanted)     # such as `grade A`, `grade A+`
     key = str.casefold if alike else plain_name
-    plain, asked = ([key(c) or c for c in some] for some in (names, wanted))
+    plain, asked = ([key(c.replace("_", " ")) or c for c in some] for some in (names, wanted))
     if plain != asked:                                  # else as they are: two `missile`
         index = {c: k for k, c in enumerate(asked)}
         if others := [name for name, c in zip(names, plain) if c not in index]:
@@ -728,6 +729,8 @@ def setup(args, settings={}):
     set). settings: {flag: (of CLIPs with D < 512, of larger ones)}, for flags not given."""
     device, saved = pick_device(args.device), None
     torch.manual_seed(args.seed)
+    if args.load and args.classes:
+        raise DataError("--load: the classes are the model's, leave out --classes")
     if args.load:                                       # its classes and its CLIP
         saved = read_model(args.load, args.script)
     dataset = broadcast_from_rank0(load, args.data, args.classes, args.template,

@@ -439,7 +439,7 @@ def read_candidates(path, images, class_names):
         indices.setdefault(os.path.basename(image), []).append(i)
     indices |= {image: [i] for i, image in enumerate(images.names)}     # a path says which
     sets = torch.zeros(len(images), C, dtype=torch.bool)
-    for where, image, cells in candidate_rows(path):
+    for where, image, cells in candidate_rows(path, classes):
         if not cells:
             raise data.DataError(f"{where}: expected at least one candidate class")
         found = indices.get(image.replace("\\", "/").removeprefix("./"), [])
@@ -453,10 +453,10 @@ def read_candidates(path, images, class_names):
     if missing.all():
         raise data.DataError(f"{path}: expected images like {images.names[0]}, found none of them")
     sets[missing] = True
-    return sets, f"; {int(missing.sum())} have no entry in {path}: all classes"
+    return sets, f"; {int(missing.sum())} have no entry of their own in {path}: all classes"
 
 
-def candidate_rows(path):
+def candidate_rows(path, classes):
     """(where, image, [class, ...]) of each entry. A CSV's first line without a dot is a header."""
     if path.lower().endswith(".json"):
         content = data.read_json(path)
@@ -473,6 +473,8 @@ def candidate_rows(path):
         cells = [cell.strip() for cell in cells if cell.strip()]
         if rows.line_num > 1 or "." in image:
             yield f"{path} line {rows.line_num}", image.strip(), cells
+        elif len(cells) > 1 and all(data.plain_name(cell) in classes for cell in cells):
+            raise data.DataError(f"{path}: expected an image's classes, not a column per class")
 
 
 def describe_candidates(sets, y_true=None):
