@@ -739,22 +739,9 @@ class Adapted(nn.Module):
 def load(path, device="cpu", weights=None):
     """The `Adapted` model of a run's model.pt; weights: its CLIP, if that lies elsewhere now.
     Raises data.DataError, clip.CLIPError."""
-    saved = data.read_model(path, "coft_plus")
-    clip_model, preprocess = data.load_clip(saved, weights, device)
+    saved, clip_model, preprocess = data.read_model(path, "coft_plus", weights, device)
     other = data.second_clip(saved["student"], clip_model, saved["quick_gelu"])
     return Adapted(saved, clip_model, other, preprocess)
-
-
-def export(job, model):
-    """Writes the image encoder of one model of phase 2 as a plain CLIP, and as the classes' vectors
-    the rows of W, unit ones."""
-    if not isinstance(model, FullModel):
-        raise data.DataError("--export: without phase 2 CLIP's encoder is as it was")
-    job.full.visual, t = model.visual, F.normalize(model.fc.weight.detach(), dim=1)     # (C, D)
-    data.export_clip(job, t)
-    job.clip_model = job.full
-    job.run.say(f"{job.args.export} and {job.args.export}.classes: one model, no b, unit v, no "
-                f"crops; accuracy {test_accuracy(job, [ZeroShot(t)])}")
 
 
 def finish(job, models, zero=None):
@@ -766,7 +753,9 @@ def finish(job, models, zero=None):
     table = predict(job, models, job.test, mean=True, crops=job.crops)          # (A6)
     data.write_results(job, *(v[0] for v in table), zero, crops=job.crops)
     if args.export:
-        export(job, models[0])
+        t = data.export_clip(job, models[0])            # of job.clip_model, from here on
+        job.run.say(f"{args.export} and {args.export}.classes: one model, no b, unit v, no "
+                    f"crops; accuracy {test_accuracy(job, [ZeroShot(t)])}")
 
 
 # ======== main ========
@@ -893,7 +882,6 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
-# same in prompt_align.py
 def main(argv=None):
     """Command line. Returns the exit status, see `data.command_line`."""
     return data.command_line(adapt, parse(argv))

@@ -297,7 +297,7 @@ class DeviceLoader(DataLoader):
                  drop_last=False, epoch=0):
         self.N, self.device = len(view), torch.device(device)
         super().__init__(
-            view, num_workers=workers, worker_init_fn=worker_init,
+            view, num_workers=workers,
             batch_sampler=EpochSampler(self.N, batch_size, shuffle, seed, epoch, drop_last),
             pin_memory=self.device.type == "cuda", persistent_workers=shuffle and workers > 0,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -307,12 +307,6 @@ class DeviceLoader(DataLoader):
         for *views, index in super().__iter__():
             yield (*(normalize(x.to(self.device, non_blocking=self.device.type == "cuda"))
                      for x in views), index)            # from pinned memory only
-
-
-def worker_init(_):
-    """A loader process leaves Ctrl-C, which reaches them all, to the one that it works for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---- layouts ----
@@ -732,14 +726,14 @@ def setup(args, settings={}):
     if args.load and args.classes:
         raise DataError("--load: the classes are the model's, leave out --classes")
     if args.load:                                       # its classes and its CLIP
-        saved = read_model(args.load, args.script)
+        saved, clip_model, _ = read_model(args.load, args.script, args.weights, device)
     dataset = broadcast_from_rank0(load, args.data, args.classes, args.template,
                                    saved and saved["class_names"])
     weights = args.weights or args.arch or ("tiny" if dataset.name == "demo" else "ViT-B/16")
-    if world_size() > 1 and not saved:
-        broadcast_from_rank0(lambda: bool(clip.load(weights)))  # perhaps downloads it, for all
-    clip_model, _ = (load_clip(saved, args.weights, device) if saved else
-                     clip.load(weights, device=device, quick_gelu=args.quick_gelu))
+    if not saved:
+        if world_size() > 1:                            # perhaps one downloads it, for all
+            broadcast_from_rank0(lambda: bool(clip.load(weights)))
+        clip_model, _ = clip.load(weights, device=device, quick_gelu=args.quick_gelu)
     if args.weights and args.arch:
         clip.check_architecture(clip_model, args.arch)
     for flag, values in settings.items():
@@ -897,9 +891,8 @@ def distributed(students, compiled=False):
     """The students, called with (clip_model, x), with gradients averaged over the processes;
     compiled: by torch.compile and, on a single GPU, run as CUDA graphs."""
     if world_size() > 1:
-        students = [torch.nn.parallel.DistributedDataParallel(me) for me in students]
-        for me in students:
-            me.broadcast_buffers = False                # they are the same everywhere
+        students = [torch.nn.parallel.DistributedDataParallel(me, broadcast_buffers=False)
+                    for me in students]                 # which are the same everywhere
     if compiled:
         students = [torch.compile(me) for me in students]
         if world_size() == 1 and next(students[0].parameters()).is_cuda:
@@ -1158,11 +1151,10 @@ def write_report(run, images, class_names, p, index):
                     f'x=660 y={20 + 20 * n} fill="{color}">{key} {values[-1]:.1f}</text>')
         page.append("</svg>")
     if images.y_true is not None and len(names) <= 40:
-        counts = torch.zeros(len(names), len(names), dtype=torch.long)      # true, predicted
-        counts.index_put_((images.y_true, k[:, 0]), torch.tensor(1), accumulate=True)
+        counts = (len(names) * images.y_true + k[:, 0]).bincount(minlength=len(names) ** 2)
         page.append("<h2>A row per true class, a column per prediction</h2><table><tr><th><th>"
                     + "<th>".join(names))
-        for c, row in zip(names, counts.tolist()):
+        for c, row in zip(names, counts.view(-1, len(names)).tolist()):
             page.append(f"<tr><th>{c}" + "".join(
                 f'<td style="background:rgba(11,95,197,{n / sum(row):.2f})">{n}' if n else "<td>"
                 for n in row))
@@ -1191,16 +1183,22 @@ def save_model(job, models, **more):
         "sha256": clip.fingerprint(job.clip_model), "quick_gelu": job.args.quick_gelu})
 
 
-def export_clip(job, t):
-    """job.full, a plain CLIP, as a state dict with OpenAI's names; beside it, in FILE.classes, a
-    unit vector t_k (C, D) per class, for CLIP's own tau f.t_k."""
-    path = os.path.abspath(job.args.export)             # not in the run folder
+def export_clip(job, model):
+    """The image encoder of a model of phase 2 as a plain CLIP, a state dict with OpenAI's names;
+    beside it, in FILE.classes, the unit rows t_k of W (C, D), for CLIP's own tau f.t_k. From here
+    on job.clip_model is that CLIP. Returns t."""
+    if not hasattr(model, "fc"):
+        raise DataError("--export: without phase 2 CLIP's encoder is as it was")
+    job.full.visual, t = model.visual, F.normalize(model.fc.weight.detach(), dim=1)     # (C, D)
+    job.clip_model, path = job.full, os.path.abspath(job.args.export)   # not in the run folder
     job.run.save(path, clip.checkpoint_of(job.full))
     job.run.save(f"{path}.classes", {"class_names": job.dataset.class_names, "t": t.cpu()})
+    return t
 
 
-def read_model(path, script):
-    """What a run of `script` left in model.pt. Raises DataError."""
+def read_model(path, script, weights, device):
+    """What a run of `script` left in model.pt; the CLIP that it started from, and its preprocess.
+    weights: a file of that CLIP, or None: where the run found it. DataError if they do not fit."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         writer = saved["script"]
@@ -1208,17 +1206,11 @@ def read_model(path, script):
         raise DataError(f"{path} is not a run's model.pt: {reason(e)}") from None
     if writer != script:
         raise DataError(f"{path} was written by {writer}.py, and this is {script}.py")
-    return saved
-
-
-def load_clip(saved, weights, device):
-    """(model, preprocess) of the CLIP that a run of `read_model` started from; weights: a file of
-    it, or None: where the run found it. DataError if it is another one."""
-    found = clip.load(weights or saved["clip"], device, quick_gelu=saved["quick_gelu"])
-    if clip.fingerprint(found[0]) != saved["sha256"]:
+    model, preprocess = clip.load(weights or saved["clip"], device, quick_gelu=saved["quick_gelu"])
+    if clip.fingerprint(model) != saved["sha256"]:
         raise DataError(f"the model was adapted from another CLIP: {saved['clip']}, SHA-256 of its "
                         f"weights {saved['sha256']}; give it with --weights")
-    return found[0], T.Compose([to_rgb, found[1]])      # as `decode` does
+    return saved, model, T.Compose([to_rgb, preprocess])        # as `decode` does
 
 
 if __name__ == "__main__":

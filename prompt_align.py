@@ -510,9 +510,7 @@ class Adapted(nn.Module):
 def load(path, device="cpu", weights=None):
     """The `Adapted` model of a run's model.pt; weights: its CLIP, if that lies elsewhere now.
     Raises data.DataError, clip.CLIPError."""
-    saved = data.read_model(path, "prompt_align")
-    clip_model, preprocess = data.load_clip(saved, weights, device)
-    return Adapted(saved, clip_model, preprocess)
+    return Adapted(*data.read_model(path, "prompt_align", weights, device))
 
 
 
@@ -610,7 +608,6 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
-# same in coft.py
 def main(argv=None):
     """Command line. Returns the exit status, see `data.command_line`."""
     return data.command_line(adapt, parse(argv))
