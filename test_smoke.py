@@ -2273,18 +2273,6 @@ def test_align_unlabelled_folder_with_candidates(drawn, tmp_path, capsys):
         assert set(row[1].split("|")) == set(sets[row[0]]) and row[2] in sets[row[0]]
 
 
-@pytest.mark.parametrize("args, says", [
-    ("--data nowhere", "nowhere"), ("--candidates absent.csv", "absent.csv"),
-    ("--candidates bad.json", "bad.json: train/00000.png: expected a class or 0 to 9, got dog"),
-    ("--lr 1e30", "lower --lr")])
-def test_align_user_errors(little, tmp_path, capsys, monkeypatch, args, says):
-    monkeypatch.chdir(tmp_path)
-    written(tmp_path / "bad.json", {"train/00000.png": ["dog"]})
-    assert align_run("out", *args.split()) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and says in said.splitlines()[0], said
-
-
 @pytest.mark.parametrize("objective", ["rc", "cavl"])
 def test_align_full_sets_fall_back_to_zero_shot(little, tmp_path, objective):
     assert align_run(tmp_path / "run", "--q", 1, "--objective", objective, "--teacher",
