@@ -986,8 +986,9 @@ class Run:
         except Exception as e:                          # torch.load raises nearly anything
             raise DataError(f"{self.out}/last.pt is not a checkpoint: {reason(e)}") from None
         self.start -= seconds
+        free = "resume", "out", "device", "workers", "cache", "export"
         other = [f"--{k.replace('_', '-')} {v}" for k, v in self.lines[0].items()
-                 if args.get(k) != v and k not in ("resume", "out", "device", "workers", "cache")]
+                 if args.get(k) != v and k not in free]
         if other:
             raise DataError(f"--resume: this run was begun with {' '.join(other)}")
 
