@@ -297,7 +297,7 @@ class DeviceLoader(DataLoader):
                  drop_last=False, epoch=0):
         self.N, self.device = len(view), torch.device(device)
         super().__init__(
-            view, num_workers=workers,
+            view, num_workers=workers, worker_init_fn=worker_init,
             batch_sampler=EpochSampler(self.N, batch_size, shuffle, seed, epoch, drop_last),
             pin_memory=self.device.type == "cuda", persistent_workers=shuffle and workers > 0,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -307,6 +307,12 @@ class DeviceLoader(DataLoader):
         for *views, index in super().__iter__():
             yield (*(normalize(x.to(self.device, non_blocking=self.device.type == "cuda"))
                      for x in views), index)            # from pinned memory only
+
+
+def worker_init(_):
+    """A loader process leaves Ctrl-C, which reaches them all, to the one that it works for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---- layouts ----

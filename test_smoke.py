@@ -351,6 +351,8 @@ def test_only_some_token_rows_are_stored():
     assert embedding.any(dim=1).sum() == len(ids)       # the other rows are zero
     assert model.visual.transformer.heads == 4 and model.transformer.heads == 2
     clip.check_architecture(model, "tiny")
+    with pytest.raises(clip.CLIPError, match="not those of RN50: resolution 32"):
+        clip.check_architecture(model, "RN50")
 
 
 @pytest.mark.parametrize("shape", [VIT, RESNET])
@@ -1309,18 +1311,30 @@ def test_phase_2_starts_as_sharp_as_clip(frozen):       # (A10)
         assert coft.clip_scale(job) == pytest.approx(float(scale))
 
 
+def gradients(frozen, student, loss):
+    """Which parameters of a student of either phase this loss trains."""
+    student.zero_grad()
+    loss.backward()
+    assert all(v.grad is None for v in frozen.parameters())         # CLIP itself is frozen
+    return {name.replace(".ctx", "") for name, v in student.named_parameters()
+            if v.grad is not None and v.grad.any()}
+
+
 def test_gradients(frozen):
-    """V+, V- and the tokens learn in phase 1, then an encoder, W and b: all that may."""
-    x, y, student = golden_images(6, 32), torch.arange(6), student_of(frozen, shapes.SHAPES)
-    job = SimpleNamespace(args=SimpleNamespace(lam=1.0))
-    for number in (1, 2):
-        may = {name for name, v in student.named_parameters() if v.requires_grad}
-        assert may == {"pos.ctx", "neg.ctx", "prompts"} or number == 2
-        coft.total_loss(job, number, *student(frozen, x)[1:], (y, y >= 0, y + 1)).backward()
-        assert may == {name for name, v in student.named_parameters()
-                       if v.grad is not None and v.grad.any()}
-        student.zero_grad()
-        student = coft.FullModel(frozen, unit(10, 64), student)
+    x, y, y_bar = golden_images(6, 32), torch.arange(6), torch.arange(1, 7)
+    all_, none = torch.ones(6, dtype=torch.bool), torch.zeros(6, dtype=torch.bool)
+
+    def loss(phase, clean, lam):
+        job = SimpleNamespace(clip_model=frozen, args=SimpleNamespace(lam=lam))
+        return coft.total_loss(job, phase, *student(frozen, x)[1:], (y, clean, y_bar))
+    student = student_of(frozen, shapes.SHAPES)
+    assert gradients(frozen, student, loss(1, all_, 0.0)) == {"pos", "prompts"}
+    assert gradients(frozen, student, loss(1, all_, 1.0)) == {"pos", "neg", "prompts"}
+    assert not gradients(frozen, student, loss(1, none, 1.0))       # nothing but clean images
+    student = coft.FullModel(frozen, unit(10, 64), student)
+    learns = gradients(frozen, student, loss(2, all_, 1.0))         # all but the judge
+    assert learns == {k for k, _ in student.named_parameters() if not k.startswith("judge.")}
+    assert not gradients(frozen, student, loss(2, none, 1.0))
 
 
 # ======== coft.py: runs ========
@@ -1488,6 +1502,14 @@ def test_shuffled_labels_change_nothing(drawn, tmp_path, script):
     assert [e.get("loss") for e in right] == [e.get("loss") for e in shuffled]
 
 
+def test_taking_the_labels_away_changes_nothing(drawn, tmp_path):
+    save_pictures(tmp_path / "labelled", drawn)                     # ImageFolder, same order
+    save_pictures(tmp_path / "unlabelled", drawn, train="train/{c}_{i:03d}.png")
+    for name in ("labelled", "unlabelled"):
+        assert run(tmp_path / "out" / name, "--data", tmp_path / name, *FOLDER) == 0
+    same_result(tmp_path / "out" / "labelled", tmp_path / "out" / "unlabelled")
+
+
 def test_unlabelled_folder(drawn, tmp_path, capsys):
     save_pictures(tmp_path / "photos", drawn, "{i:03d}.png", "{i:03d}.png")
     (tmp_path / "photos" / "broken.png").write_bytes(b"x")
@@ -1503,12 +1525,17 @@ def test_unlabelled_folder(drawn, tmp_path, capsys):
     assert all("precision" not in line and "auroc" not in line for line in lines)
 
 
-def test_user_errors(little, tmp_path, capsys, monkeypatch):
+def test_user_errors(drawn, little, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    save_pictures(tmp_path / "photos", drawn, "{i:03d}.png", "{i:03d}.png")
+    (tmp_path / "empty").mkdir()
     (tmp_path / "page.pt").write_text("<html>")
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pt")
     for args, says in (
             (["--data", "nowhere"], "nowhere: no such folder. Expected one of"),
+            (["--data", "empty"], "empty: no images (.jpg"),
+            (["--data", "photos"], "give --classes"),
+            (["--data", "photos", "--classes", "cat,dog,Cat"], "all different, got cat, dog, Cat"),
             (["--weights", "absent.pt"], "no such model or file: absent.pt"),
             (["--weights", "page.pt"], "page.pt"),
             (["--weights", "other.pt"], "other.pt: not the weights of a CLIP"),
@@ -1528,8 +1555,10 @@ def test_user_errors(little, tmp_path, capsys, monkeypatch):
     assert coft.parse([]).out == "runs/coft-2"          # never into a run that is there
 
 
-def test_mirrored_or_not(little):
+def test_mirrored_or_not(little, tmp_path, capsys):
     """Without --flip and --no-flip the zero-shot posteriors of mirrored images decide."""
+    assert coft.main(["--device", "cpu", "--max-steps", "1", "--out", str(tmp_path / "run")]) == 0
+    assert "views are mirrored: " in capsys.readouterr().out
     model = SimpleNamespace(visual=SimpleNamespace(input_resolution=32))
     for p_mirrored, flip in ((0.2, False), (0.65, True)):
 
@@ -2273,6 +2302,18 @@ def test_align_unlabelled_folder_with_candidates(drawn, tmp_path, capsys):
         assert set(row[1].split("|")) == set(sets[row[0]]) and row[2] in sets[row[0]]
 
 
+@pytest.mark.parametrize("args, says", [
+    ("--data nowhere", "nowhere"), ("--candidates absent.csv", "absent.csv"),
+    ("--candidates bad.json", "bad.json: train/00000.png: expected a class or 0 to 9, got dog"),
+    ("--lr 1e30", "lower --lr")])
+def test_align_user_errors(little, tmp_path, capsys, monkeypatch, args, says):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "bad.json", {"train/00000.png": ["dog"]})
+    assert align_run("out", *args.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and says in said.splitlines()[0], said
+
+
 @pytest.mark.parametrize("objective", ["rc", "cavl"])
 def test_align_full_sets_fall_back_to_zero_shot(little, tmp_path, objective):
     assert align_run(tmp_path / "run", "--q", 1, "--objective", objective, "--teacher",
@@ -2304,7 +2345,7 @@ def test_load(little, drawn, tmp_path, capsys, monkeypatch, script):
     monkeypatch.chdir(tmp_path)
     for amp in ("bf16", "off"):
         assert go("run" if amp == "off" else amp, "--max-steps", 3, "--template", "a {}.",
-                  "--weights", "tiny.pt", "--no-quick-gelu", "--amp", amp) == 0
+                  "--weights", "tiny.pt", "--amp", amp) == 0
     monkeypatch.chdir("/")                              # model.pt finds its CLIP from anywhere
     file, rows = tmp_path / "run" / "model.pt", (tmp_path / "run" / "predictions.csv").read_text()
     assert go("again", "--load", file) == 0
@@ -2390,6 +2431,13 @@ def test_export(little, tmp_path, capsys):
         context_length=77, vocab_size=49408, width=64, heads=1, layers=2))
     theirs.load_state_dict(weights)
     torch.testing.assert_close(theirs.encode_image(x), want, atol=1e-4, rtol=1e-4)
+
+
+def test_plain_gelu_is_remembered(little, tmp_path):
+    assert run(tmp_path / "run", "--no-quick-gelu", "--max-steps", 1) == 0
+    model = coft.load(tmp_path / "run" / "model.pt")
+    assert any(isinstance(part, torch.nn.GELU) for part in model.clip_model.modules())
+    assert not any(isinstance(part, QuickGELU) for part in model.modules())
 
 
 def test_little_accuracy_is_warned_of(capsys):
@@ -2681,3 +2729,11 @@ def test_odd_data(little, drawn, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(coft, "select_clean", lambda *a: (select(*a)[0], select(*a)[1] & False))
     assert run(tmp_path / "none", "--max-steps", 1) == 0            # nothing is called clean
     assert [e["kept"] for e in epochs_of(tmp_path / "none") if e.get("phase") == 2] == [0]
+
+
+def test_same_for_any_number_of_workers(drawn, tmp_path):
+    save_pictures(tmp_path / "data", drawn)
+    for workers in (0, 2):
+        assert run(tmp_path / f"{workers}", "--data", tmp_path / "data", "--arch", "tiny",
+                   "--max-steps", 2, "--epochs2", 0, "--workers", workers) == 0
+    same_result(tmp_path / "0", tmp_path / "2")
