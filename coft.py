@@ -606,7 +606,9 @@ def adapt(args):
                                        given["quick_gelu"])
     if args.load:
         return finish(job, Adapted(job.saved, clip_model, other).models)
-    if args.peft == "vpt" and not hasattr(clip_model.visual, "transformer"):
+    vit = hasattr(clip_model.visual, "transformer")
+    args.peft = args.peft or ("vpt" if vit else "adapter")
+    if args.peft == "vpt" and not vit:
         raise data.DataError("--peft vpt needs a ViT; a ResNet takes --peft adapter")
     job.known = args.shots and data.few_shot(dataset.train.y_true, args.shots, args.seed)   # (n,)
 
@@ -657,8 +659,8 @@ def parse(argv=None):
     add = parser.add_argument
     add("--recipe", default="ours", metavar="R", help="paper (as published), ours, or a change of "
         "one of them: ours-fresh, paper+views+balance; the table ADDITIONS (%(default)s)")
-    add("--peft", choices=["vpt", "adapter"], default="vpt", help="light visual modules: deep "
-        "prompt tokens, or bottlenecks beside the MLPs (%(default)s)")
+    add("--peft", choices=["vpt", "adapter"], help="light visual modules: deep prompt tokens (a "
+        "ViT's default), or bottlenecks beside the MLPs (a ResNet's)")
     add("--ctx", type=int, metavar="L", help="context words of the prompts, 0: the template's; "
         "default of this and of others below: the table SETTINGS")
     add("--k", type=float, help="images per class to start from; < 1: share of N / C, at least 16")
@@ -666,7 +668,7 @@ def parse(argv=None):
     add("--student", metavar="ARCH|FILE", type=data.on_disk, help="another CLIP, whose image "
         "encoder learns last and predicts")
     add("--epochs1", type=int, help="of phase 1; 0: nothing is filtered")
-    add("--epochs2", type=int, help="of phase 2; 0 leaves it out; --student: twice as many")
+    add("--epochs2", type=int, help="of phase 2; 0 leaves it out; --student, phase 3: twice as many")
     add("--lr1", type=float, help="of prompts and light modules")
     add("--lr2", type=float, help="of the image encoder")
     add("--compile", action="store_true", help="torch.compile; on a GPU CUDA graphs: for long runs")

@@ -20,12 +20,13 @@ Run:  python coft_plus.py                               the demo, offline; READM
 differently (A8); but one round and gamma 0: on its labels more rounds and the contrast as published
 lost on each world tried (.ci/results.md). In their place (A9): an image encoder that is being
 adapted gathers the images of a class, whatever some of their labels say. So after phase 1, and
-again in phase 2, a label is the class whose Gaussian, in the features, explains the image best,
-times what the model says; the peer's Gaussians, not its V-, call it clean. In phase 2 they are
-asked from a third of it on, and from its first epoch if after phase 1 classes of one size explain
-the features nearly as well as free ones; from that third on, if they do not, (A2) stops. In the end
-the models predict by them too (A11): with few images most is won there. As that asks five crops
-anyway, their softmax weighs what A5 lets; coft.py's crops_tell was worth nothing here.
+again after a third of phase 2, a label is the class whose Gaussian, in the features, explains the
+image best, times what the model says; the peer's Gaussians, not its V-, call it clean. If after
+phase 1 classes of one size explain the features nearly as well as free ones, they are asked after
+each epoch up to that third; if at that third they do not, (A2) stops. Later epochs add the models'
+own posteriors to the labels' running mean, and in the end the models predict by Gaussians too
+(A11): with few images most is won there. As that asks five crops anyway, their softmax weighs what
+A5 lets; coft.py's crops_tell was worth nothing here.
 
 The paper does not say, so decided here, beyond coft.py: three rounds, gamma 0.1, temperature 0.1,
 mu 0.99 at most, a queue of half an epoch or 16 batches at most; classes without sentences get the
@@ -454,16 +455,18 @@ def train_phase(job, number, round, students, weak, lesson, table):
     phase = start_phase(job, number, students, max(1, steps))
     parts = {"scaler": job.scaler, "students": phase.students, "optimizer": phase.optimizer,
              "schedule": phase.schedule, "keys": phase.keys}
-    early = False       # (A9) whether the Gaussians are asked from the first epoch of phase 2 on
+    early = False       # (A9) whether classes seem equally large before phase 2
     if run.state:
         state = run.restore(parts)
         phase.step, lesson, table = state["step"], state["lesson"], Table(*state["table"])
         loss = state["loss"]
         job.added, early = set(state["added"]), state["early"]
     verdict = number == 1                               # later phase 1's p_clean stands, or A9's
-    density = number == 2 and {"gauss", "fresh"} <= job.added                   # (A9)
-    if density and not first:                           # once in the features of phase 1,
-        table, early = ask_density(job, students, table, 1 / 2, NATS[0])
+    third, asked = math.ceil(epochs / 3), []            # (A9) after which epochs Gaussians speak
+    if number == 2 and {"gauss", "fresh"} <= job.added:
+        if not first:                                   # and once in the features of phase 1
+            table, early = ask_density(job, students, table, 1 / 2, NATS[0])
+        asked = range(1 if early else third, third + 1)
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(weak), epoch=first, seed=4 * args.seed + number + 1000 * round)
     for epoch in range(first, epochs):
@@ -488,10 +491,9 @@ def train_phase(job, number, round, students, weak, lesson, table):
         rate = (1.0, float(verdict))                    # how far p, p_clean go to the new ones
         if "views" in job.added:                        # (A1) running means of the epochs; p has
             rate = 1 / (epoch + 2), verdict / (epoch + 1)       # the table before as one more
-        late = 3 * (epoch + 1) >= epochs
-        if density and (early or late):                 # then in those of phase 2
+        if epoch + 1 in asked:
             table, even = ask_density(job, phase.students, table, rate[0], NATS[1])
-            if late and "balance" in job.added and not even:
+            if epoch + 1 == third and "balance" in job.added and not even:
                 job.added = job.added - {"balance"}
                 run.say("classes are not equally large: labels are no longer balanced (A2)")
         elif number < 3:
@@ -802,7 +804,9 @@ def adapt(args):
                                        given["quick_gelu"])
     if args.load:
         return finish(job, Adapted(job.saved, clip_model, other).models)
-    if args.peft == "vpt" and not hasattr(clip_model.visual, "transformer"):
+    vit = hasattr(clip_model.visual, "transformer")
+    args.peft = args.peft or ("vpt" if vit else "adapter")
+    if args.peft == "vpt" and not vit:
         raise data.DataError("--peft vpt needs a ViT; a ResNet takes --peft adapter")
     job.known = args.shots and data.few_shot(dataset.train.y_true, args.shots, args.seed)   # (n,)
 
@@ -862,8 +866,8 @@ def parse(argv=None):
     add = parser.add_argument
     add("--recipe", default="ours", metavar="R", help="paper (as published), ours, or a change of "
         "one of them: ours-fresh, paper+views+balance; the table ADDITIONS (%(default)s)")
-    add("--peft", choices=["vpt", "adapter"], default="vpt", help="light visual modules: deep "
-        "prompt tokens, or bottlenecks beside the MLPs (%(default)s)")
+    add("--peft", choices=["vpt", "adapter"], help="light visual modules: deep prompt tokens (a "
+        "ViT's default), or bottlenecks beside the MLPs (a ResNet's)")
     add("--ctx", type=int, metavar="L", help="context words of the prompts, 0: the template's; "
         "default of this and of others below: the table SETTINGS")
     add("--k", type=float, help="images per class to start from; < 1: share of N / C, at least 16")
@@ -874,7 +878,7 @@ def parse(argv=None):
     add("--student", metavar="ARCH|FILE", type=data.on_disk, help="another CLIP, whose image "
         "encoder learns last and predicts")
     add("--epochs1", type=int, help="of each round of phase 1; 0: V- judges nothing")
-    add("--epochs2", type=int, help="of phase 2; 0 leaves it out; --student: twice as many")
+    add("--epochs2", type=int, help="of phase 2; 0 leaves it out; --student, phase 3: twice as many")
     add("--lr1", type=float, help="of prompts and light modules")
     add("--lr2", type=float, help="of the image encoder")
     add("--compile", action="store_true", help="torch.compile; on a GPU CUDA graphs: for long runs")

@@ -8,7 +8,7 @@ Layouts, tried in this order (`python data.py PATH` prints which one it took):
 1. `demo`, `demo:STYLE`      drawn on the fly (clip/shapes.py)
 2. CoOp's                    split_zhou_*.json (its val part is not used); its lists of Aircraft
 3. torchvision's             a folder that one of its data-set classes reads, see `SETS`; if PATH
-                             (say ./oxford_pets) is not there, torchvision downloads it
+                             (say ./oxford_pets) is not there, torchvision downloads it (Cars: no longer)
 4. `train/` + `test|val/`    each with a folder per class (labelled) or with images (unlabelled)
 5. a folder per class        a fifth of the images, chosen by a hash of the paths, is the test set
 6. images and `--classes`    unlabelled, in sub-folders too: training and test set are the same
@@ -222,7 +222,7 @@ def normalize(x):
 
 class PixelCache:
     """Pixels of N images as one `prepare` makes them, in memory that the loader's processes share
-    and fill as images are first asked for. Panoramas, over twice as wide as high, are left out."""
+    and fill as images are first asked for. Long ones, of over 6 size^2 pixels, are left out."""
     def __init__(self, N, prepare):
         self.prepare = prepare
         self.room = 3 * prepare.size * 2 * prepare.size     # bytes of an image; unused cost none
@@ -549,10 +549,10 @@ def read_json(path):
 
 
 def load(path, classes=None, template=None, adapted=None):
-    """`Data` of a folder or of demo[:STYLE]. Opens every image once. classes: None, "a,b,c" or a
-    file with one name per line, the folder's own among them, if it has any. template: None (the
-    data set's), "ensemble" (eight) or a text with one {}. adapted: the classes of a model that is
-    there; all images of class folders are then the test set if they have no test/. Raises
+    """`Data` of a folder or of demo[:STYLE]. Opens each of up to MOST_OPENED images. classes: None,
+    "a,b,c" or a file with one name per line, the folder's own among them, if it has any. template:
+    None (the data set's), "ensemble" (eight) or a text with one {}. adapted: the classes of a model
+    that is there; all images of class folders are then the test set if they have no test/. Raises
     DataError."""
     path, classes = str(path), adapted or listed_classes(classes)
     if path == "demo" or path.startswith("demo:"):
@@ -651,7 +651,7 @@ def listed_classes(classes):
 
 def check_classes(names):
     """Class names as they go into the prompt, with spaces for underscores. DataError unless they
-    are all different."""
+    are all different, or a thousand."""
     names = [" ".join(c.replace("_", " ").split()) for c in names]
     if len(set(map(str.casefold, names))) < len(names) < 1000 or not names:     # two `missile`
         raise DataError(f"class names must be given, all different, got {', '.join(names[:20])}")
@@ -793,7 +793,8 @@ def pick_device(name=None):
 
 
 def report_zero_shot(job, accuracy):
-    """Prints it (percent or None); warns below 5 times chance (RN50 has 38 % on EuroSAT's ten)."""
+    """Prints it (percent or None); warns below 5 times chance, at most 35 % (RN50 has 38 on
+    EuroSAT's ten), if CLIP should know the classes: of a known data set, or --weights."""
     job.run.say("no test labels" if accuracy is None else f"zero-shot accuracy {accuracy:.2f} %")
     known, C = job.dataset.name or job.args.weights, len(job.dataset.class_names)
     if known and accuracy is not None and accuracy < min(500 / C, 35):
@@ -962,7 +963,9 @@ def command_line(adapt, args):
     except torch.cuda.OutOfMemoryError:
         says = f"error: out of GPU memory, lower --batch-size {args.batch_size}"
     except KeyboardInterrupt:
-        status, says = 130, f"stopped; --resume --out {args.out} goes on after the last epoch"
+        status, says = 130, "stopped"
+        if (Path(args.out) / "args.json").exists():
+            says += f"; --resume --out {args.out} goes on after the last epoch"
     print(says, file=sys.stderr, flush=True)
     return status
 
@@ -1221,7 +1224,10 @@ def read_model(path, script, weights, device):
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Says what the scripts find in a folder.")
+    parser.add_argument("path", nargs="?", default="demo")
+    parser.add_argument("--classes", help="names, or a file of them; for class folders not needed")
     try:
-        print(load(*sys.argv[1:] or ["demo"]).description)      # PATH [CLASSES]
+        print(load(**vars(parser.parse_args())).description)
     except (DataError, OSError) as e:
         sys.exit(f"error: {e}")

@@ -15,9 +15,9 @@ candidates. CLIP is frozen.
 
 This is `--teacher dynamic`. How much it helps depends on objective and sets: tens of points, or
 less than nothing. The default adds logits, not losses, of several prompts: one learns from `align`
-and CC, which is the likelihood of the sets, one from CC alone, one from `pll`. The first two
-predict together; the third joins them if a fifth of the sets is then likelier, for prompts that
-learnt from the other four fifths.
+and CC, which is the likelihood of the sets, one from CC alone and, if `pll` is another objective,
+one from that. The first two predict together; the third joins them if a fifth of the sets is then
+likelier, for prompts that learnt from the other four fifths.
 
 A views of an image, B batch, C classes, D embedding, L context words, M prompts, N images, T tokens
 of a text, W width of a word; PiCO: d its space, Q keys; S (B, C) bool candidate sets; tau =

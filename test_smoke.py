@@ -974,7 +974,7 @@ def test_pseudo_label_sheet(tmp_path):
 def test_command(tmp_path, monkeypatch):
     draw(tmp_path / "b", ["1.jpg", "2.jpg"])
     monkeypatch.chdir(tmp_path)
-    out = subprocess.check_output([sys.executable, data.__file__, "b", "x,y"], text=True)
+    out = subprocess.check_output([sys.executable, data.__file__, "b", "--classes", "x,y"], text=True)
     assert out == ("b: unlabelled, train = test; 2 classes, 2 training and 2 test images, "
                    '"a photo of a {}."\n')
     monkeypatch.setattr(sys, "argv", ["data.py", "b"])
@@ -1391,6 +1391,17 @@ def little(drawn, monkeypatch):
     monkeypatch.setattr(shapes, "pictures", lambda name, part: drawn[part])
 
 
+@pytest.mark.parametrize("script", [coft, coft_plus])
+def test_resnet(script, little, resnet, tmp_path, capsys):
+    torch.save(resnet.state_dict(), tmp_path / "rn.pt")
+    flags = ["--weights", tmp_path / "rn.pt", "--max-steps", 1]
+    assert run(tmp_path / "run", *flags, script=script) == 0
+    saved = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
+    assert "adapter" in str(saved["light"])
+    assert run(tmp_path / "vpt", *flags, "--peft", "vpt", script=script) == 2
+    assert "--peft vpt needs a ViT" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("recipe, peft", [("ours", "vpt"), ("ours", "adapter"), ("paper", "vpt")])
 def test_run_folder(little, drawn, tmp_path, recipe, peft, monkeypatch, capsys):
     loaded, load = [], clip.load
@@ -1704,15 +1715,16 @@ def test_density_speaks_in_the_table(monkeypatch):      # (A9)
 
 @pytest.mark.parametrize("even", [True, False])
 def test_when_density_is_asked(even, little, tmp_path, monkeypatch):    # (A9)
-    """Before phase 2; then, if classes may be equally large, after each of six epochs, else from
-    the second on, and balance ends."""
+    """Before phase 2; then, if classes may be equally large, after the first two of six epochs,
+    else after the second, and balance ends."""
     asked = []
     monkeypatch.setattr(coft_plus, "ask_density", lambda job, models, table, rate, nats:
                         (table, asked.append((nats, "balance" in job.added)) or even))
     assert run(tmp_path / "run", "--recipe", "ours", "--epochs2", 6, script=coft_plus) == 0
     first, later = coft_plus.NATS
-    assert asked == [(first, True)] + ([(later, True)] * 6 if even else
-                                       [(later, True)] + [(later, False)] * 4)
+    assert asked == [(first, True)] + [(later, True)] * (2 if even else 1)
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert ("balance" in state["added"]) == even
 
 
 def test_density_predicts_too(frozen):                  # (A11)
