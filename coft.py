@@ -668,7 +668,7 @@ def parse(argv=None):
     add("--student", metavar="ARCH|FILE", type=data.on_disk, help="another CLIP, whose image "
         "encoder learns last and predicts")
     add("--epochs1", type=int, help="of phase 1; 0: nothing is filtered")
-    add("--epochs2", type=int, help="of phase 2; 0 leaves it out; --student, phase 3: twice as many")
+    add("--epochs2", type=int, help="of phase 2; 0 leaves it out; phase 3's are twice as many")
     add("--lr1", type=float, help="of prompts and light modules")
     add("--lr2", type=float, help="of the image encoder")
     add("--compile", action="store_true", help="torch.compile; on a GPU CUDA graphs: for long runs")

@@ -467,8 +467,9 @@ def train_phase(job, number, round, students, weak, lesson, table):
         if not first:                                   # and once in the features of phase 1
             table, early = ask_density(job, students, table, 1 / 2, NATS[0])
         asked = range(1 if early else third, third + 1)
+    seen = first - sum(epoch <= first for epoch in asked)       # views are drawn in the others
     looks = job.train if "views" not in job.added else job.load(                # (A1)
-        images.view(weak), epoch=first, seed=4 * args.seed + number + 1000 * round)
+        images.view(weak), epoch=seen, seed=4 * args.seed + number + 1000 * round)
     for epoch in range(first, epochs):
         if number > 1 and (epoch == 0 or number == 2 and "fresh" in job.added):     # (A3)
             lesson = select_clean(number, guess(job, table), table)
@@ -617,7 +618,8 @@ def fit_head(job, models, index):
     for me, k in zip(models, index):
         p, f = features(job, me, k)
         _, _, (W, b) = by_density(p, k, p, f, C, nats)
-        me.gauss_W, me.gauss_b = W / ROOT, b / ROOT
+        me.gauss_W.copy_(W / ROOT)
+        me.gauss_b.copy_(b / ROOT)
 
 
 def posterior(me, v, l, B, crops):
@@ -766,15 +768,16 @@ def load_prompts(path, class_names):
     """Section 3.3.3: C lists of sentences from a JSON file {class name: [sentence, ...]}, whose
     names may differ in case, punctuation and the order of their words. A class without sentences
     has an empty list, and a warning names it. Raises DataError."""
-    def words(name):
-        return sorted(data.plain_name(name).split())
     table = data.read_json(path)
     if not isinstance(table, dict) or not all(
             isinstance(texts, list) and all(isinstance(text, str) for text in texts)
             for texts in table.values()):
         raise data.DataError(f'{path}: expected {{"class name": ["sentence", ...], ...}}')
-    sentences = [table.get(c) or next((texts for key, texts in table.items()
-                                       if words(key) == words(c)), []) for c in class_names]
+    keys, sentences = list(table), []
+    for c in class_names:
+        found = data.meant(c, keys) or [k for k, key in enumerate(keys) if sorted(
+            data.plain_name(key).split()) == sorted(data.plain_name(c).split())]
+        sentences.append(table[keys[found[0]]] if found else [])
     missing = [c for c, texts in zip(class_names, sentences) if not texts]
     says = (f"{path} has no sentences for {len(missing)} of {len(class_names)} classes: "
             f"{', '.join(missing[:9])}")
@@ -878,7 +881,7 @@ def parse(argv=None):
     add("--student", metavar="ARCH|FILE", type=data.on_disk, help="another CLIP, whose image "
         "encoder learns last and predicts")
     add("--epochs1", type=int, help="of each round of phase 1; 0: V- judges nothing")
-    add("--epochs2", type=int, help="of phase 2; 0 leaves it out; --student, phase 3: twice as many")
+    add("--epochs2", type=int, help="of phase 2; 0 leaves it out; phase 3's are twice as many")
     add("--lr1", type=float, help="of prompts and light modules")
     add("--lr2", type=float, help="of the image encoder")
     add("--compile", action="store_true", help="torch.compile; on a GPU CUDA graphs: for long runs")

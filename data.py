@@ -8,7 +8,7 @@ Layouts, tried in this order (`python data.py PATH` prints which one it took):
 1. `demo`, `demo:STYLE`      drawn on the fly (clip/shapes.py)
 2. CoOp's                    split_zhou_*.json (its val part is not used); its lists of Aircraft
 3. torchvision's             a folder that one of its data-set classes reads, see `SETS`; if PATH
-                             (say ./oxford_pets) is not there, torchvision downloads it (Cars: no longer)
+                             (say ./oxford_pets) is not there, torchvision downloads it (not Cars)
 4. `train/` + `test|val/`    each with a folder per class (labelled) or with images (unlabelled)
 5. a folder per class        a fifth of the images, chosen by a hash of the paths, is the test set
 6. images and `--classes`    unlabelled, in sub-folders too: training and test set are the same
@@ -512,7 +512,9 @@ def list_images(root, base=""):
     files = []
     for folder, folders, names in os.walk(Path(root, base), followlinks=True):
         inside = Path(folder).relative_to(root).as_posix()
-        folders[:] = [d for d in folders if not d.startswith(".")]
+        here = Path(folder).resolve()                   # a link to a folder above has no end
+        folders[:] = [d for d in folders if not d.startswith(".")
+                      and not here.is_relative_to(Path(folder, d).resolve())]
         if "args.json" in names:                        # a run folder
             names, folders[:] = [], []
         files += [f"{inside}/{name}".removeprefix("./") for name in names
@@ -524,6 +526,18 @@ def plain_name(name):
     """A class name for comparing: any case; underscores and punctuation as spaces; accents as one
     character with their letter, which macOS writes as two."""
     return " ".join(re.findall(r"[^\W_]+", unicodedata.normalize("NFC", name.casefold())))
+
+
+def meant(name, names):
+    """Which of the names are meant by one: those spelt so, else so but for case and underscores,
+    else those with the same `plain_name` unless they differ (`c++`, `c#`). Returns indices."""
+    def folded(c):
+        return " ".join(c.replace("_", " ").split()).casefold()
+    for key in (str, folded, plain_name):
+        found = [k for k, c in enumerate(names) if key(c) == key(name)]
+        if len({folded(names[k]) for k in found}) == 1:
+            return found
+    return []
 
 
 def reason(e):

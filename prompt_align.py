@@ -41,10 +41,12 @@ Decided here (the paper's text was not at hand; "released" is its authors' code)
 import argparse
 import copy
 import csv
+import io
 import math
 import os
 import sys
-from functools import partial
+import unicodedata
+from functools import cache, partial
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")   # before torch is imported: README, "Speed"
 import torch
@@ -431,22 +433,23 @@ def read_candidates(path, images, class_names):
     """(sets (N, C), a line about them) of the user's JSON {image: [class, ...]} or CSV: the image,
     then its classes, in columns or separated by | or ;. Classes are names or indices from 0. Images
     go by path, or by file name if no other has it; without an entry they may be of any class."""
-    C, classes, indices = len(class_names), {}, {}
-    for k, c in enumerate(class_names):                 # lists: ImageNet has two `missile`
-        for name in {c, data.plain_name(c)}:
-            classes.setdefault(name, []).append(k)
+    C, indices = len(class_names), {}
+    classes_of = cache(lambda cell: data.meant(cell, class_names))      # ImageNet: two `missile`
+    nfc = partial(unicodedata.normalize, "NFC")         # macOS writes accents as characters
     for i, image in enumerate(images.names):
-        indices.setdefault(os.path.basename(image), []).append(i)
-    indices |= {image: [i] for i, image in enumerate(images.names)}     # a path says which
+        indices.setdefault(os.path.basename(nfc(image)), []).append(i)
+    indices |= {nfc(image): [i] for i, image in enumerate(images.names)}    # a path says which
+    numbers = range(0 if any(map(str.isdecimal, class_names)) else C)   # a class `1`: no indices
     sets = torch.zeros(len(images), C, dtype=torch.bool)
-    for where, image, cells in candidate_rows(path, classes):
+    for where, image, cells in candidate_rows(path, classes_of):
         if not cells:
             raise data.DataError(f"{where}: expected at least one candidate class")
-        found = indices.get(image.replace("\\", "/").removeprefix("./"), [])
+        found = indices.get(nfc(image.replace("\\", "/").removeprefix("./")), [])
         for cell in cells:
-            chosen = classes.get(cell) or classes.get(data.plain_name(cell))
-            if not chosen and not (cell.isdecimal() and int(cell) < C):
-                raise data.DataError(f"{where}: expected a class or 0 to {C - 1}, got {cell}")
+            chosen = classes_of(cell)
+            if not chosen and not (cell.isdecimal() and int(cell) in numbers):
+                raise data.DataError(f"{where}: expected a class"
+                                     f"{f' or 0 to {C - 1}' if numbers else ''}, got {cell}")
             if len(found) == 1:
                 sets[found[0], chosen or int(cell)] = True
     missing = ~sets.any(dim=1)                                                  # (N,)
@@ -456,7 +459,7 @@ def read_candidates(path, images, class_names):
     return sets, f"; {int(missing.sum())} have no entry of their own in {path}: all classes"
 
 
-def candidate_rows(path, classes):
+def candidate_rows(path, classes_of):
     """(where, image, [class, ...]) of each entry. A CSV's first line without a dot is a header."""
     if path.lower().endswith(".json"):
         content = data.read_json(path)
@@ -467,13 +470,14 @@ def candidate_rows(path, classes):
         return
     text = data.read_text(path)
     first = text.split("\n")[0]
-    rows = csv.reader(text.splitlines(), delimiter=next((d for d in ",;\t" if d in first), ","))
+    rows = csv.reader(io.StringIO(text, newline=""),
+                      delimiter=next((d for d in ",;\t" if d in first), ","))
     for image, *cells in filter(None, rows):
         cells = "|".join(cells).replace(";", "|").split("|")
         cells = [cell.strip() for cell in cells if cell.strip()]
         if rows.line_num > 1 or "." in image:
             yield f"{path} line {rows.line_num}", image.strip(), cells
-        elif len(cells) > 1 and all(data.plain_name(cell) in classes for cell in cells):
+        elif len(cells) > 1 and all(map(classes_of, cells)):
             raise data.DataError(f"{path}: expected an image's classes, not a column per class")
 
 
@@ -511,8 +515,6 @@ def load(path, device="cpu", weights=None):
     """The `Adapted` model of a run's model.pt; weights: its CLIP, if that lies elsewhere now.
     Raises data.DataError, clip.CLIPError."""
     return Adapted(*data.read_model(path, "prompt_align", weights, device))
-
-
 
 
 # ======== main ========

@@ -800,6 +800,7 @@ def test_unreadable_are_named_and_skipped(tmp_path, capsys):
     written(tmp_path / "bad_eps.jpg", "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bad_bomb.png")
     os.symlink(tmp_path / "nothing", tmp_path / "dangling.jpg")
+    os.symlink(tmp_path, tmp_path / "above")
     names = data.load(tmp_path, "a,b").train.names
     assert names == [*(f"ok{k}.jpg" for k in range(5)), "png_inside.jpg"]
     err = capsys.readouterr().err
@@ -876,8 +877,13 @@ def test_preprocessing_is_clips(tmp_path):
             picture(tmp_path / f"{k}{mode}.png", k, size, mode)
     deep = torch.arange(0, 2**16, 64, dtype=torch.int32).view(32, 32).numpy()
     Image.fromarray(deep.astype("uint16")).save(tmp_path / "deep.png")          # 16 bits
-    for image in (data.decode(tmp_path / "deep.png"), clip_files.to_rgb(Image.fromarray(deep))):
+    Image.fromarray(deep.astype(">u2")).save(tmp_path / "deep.tif")             # ImageJ's
+    for image in (*(data.decode(tmp_path / f"deep.{kind}") for kind in ("png", "tif")),
+                  clip_files.to_rgb(Image.fromarray(deep))):
         assert image.getpixel((16, 16)) == (132, 132, 132)          # 33,792 / 256
+    with pytest.raises(ValueError, match="floats"):
+        clip_files.to_rgb(Image.new("F", (3, 3)))
+    (tmp_path / "deep.tif").unlink()
     (tmp_path / "deep.png").unlink()
     images, plain = data.load(tmp_path, "a,b").train, data.transforms(32)[0]
     views = images.view(plain, data.Plain(plain.prepare, mirror=True))
@@ -974,7 +980,7 @@ def test_pseudo_label_sheet(tmp_path):
 def test_command(tmp_path, monkeypatch):
     draw(tmp_path / "b", ["1.jpg", "2.jpg"])
     monkeypatch.chdir(tmp_path)
-    out = subprocess.check_output([sys.executable, data.__file__, "b", "--classes", "x,y"], text=True)
+    out = subprocess.check_output([sys.executable, data.__file__, "b", "--classes=x,y"], text=True)
     assert out == ("b: unlabelled, train = test; 2 classes, 2 training and 2 test images, "
                    '"a photo of a {}."\n')
     monkeypatch.setattr(sys, "argv", ["data.py", "b"])
@@ -1833,6 +1839,8 @@ def test_load_prompts(tmp_path, capsys):
     path.write_text(json.dumps(table))
     assert coft_plus.load_prompts(path, names) == [["h1", "h2"], ["i"], ["a"], ["y"]]
     assert capsys.readouterr().err == ""
+    alike = written(tmp_path / "q", json.dumps({"grade_A": ["a"], "grade_A+": ["plus"]}))
+    assert coft_plus.load_prompts(alike, ["grade A", "grade A+"]) == [["a"], ["plus"]]
     assert coft_plus.load_prompts(path, ["hot dog", "cat"]) == [["h1", "h2"], []]
     assert "no sentences for 1 of 2 classes: cat; they get the template" in capsys.readouterr().err
     for content, says in (("[]", "expected {"), ('{"cat": "x"}', "expected {"), ("{", "not valid"),
@@ -2213,6 +2221,7 @@ ROWS = "Image,labels\n./cat\\1.jpg,bengal_CAT|2\n\ndog/1.jpg,0,beagle,\n3.jpg,1;
     ("dog/1.jpg,0\ndog/1.jpg,beagle\n", CLASSES, "111 101 111 111", 3),  # one class a line
     ("dog/1.jpg,2\n2.jpg,0", ["2", "1", "0"], "111 100 001 111", 2),    # names, before indices
     ("3.jpg,missile", ["missile", "a", "missile"], "111 111 111 101", 3),   # both of the name
+    ("3.jpg,c\n2.jpg,C++|c#", ["c", "c++", "c#"], "111 111 011 100", 2),    # one's punctuation
     ('"dog/2.jpg","0;1"', CLASSES, "111 111 110 111", 3),
     ("dog/2.jpg\t0\tbengal cat", CLASSES, "111 111 110 111", 3),
 ])
@@ -2224,9 +2233,12 @@ def test_read_candidates(tmp_path, content, classes, want, none):
 
 
 def test_a_path_says_which(tmp_path):
-    file, images = written(tmp_path / "f.csv", "1.jpg,0\na/1.jpg,1"), ["1.jpg", "a/1.jpg"]
-    sets, _ = pa.read_candidates(str(file), data.Images(images, [0, 1]), CLASSES)
-    assert sets.int().tolist() == [[1, 0, 0], [0, 1, 0]]
+    file = written(tmp_path / "f.csv", "1.jpg,0\na/1.jpg,1\n\xe9.jpg,2")
+    images = ["1.jpg", "a/1.jpg", "e\u0301.jpg"]        # an accent, as macOS writes it
+    sets, _ = pa.read_candidates(str(file), data.Images(images, [0, 1, 2]), CLASSES)
+    assert sets.int().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    says = refuses(str(file), data.Images(images, [0, 1, 2]), ["1", "2"], by=pa.read_candidates)
+    assert says.endswith("line 1: expected a class, got 0")         # 1 is no index here
 
 
 @pytest.mark.parametrize("content, says", [
@@ -2616,6 +2628,7 @@ def test_two_processes_are_one(tmp_path, script, flags):
 
 @pytest.mark.parametrize("script, flags, late", [
     ("coft", [], 8), ("coft_plus", [], 8), ("coft_plus", ["--recipe", "paper"], 8),
+    ("coft_plus", ["--epochs2", "6"], 17),              # after A9's Gaussians
     ("coft_plus", ["--student", "tiny", "--epochs2", "2"], 17),
     ("prompt_align", ["--objective", "rc"], 8),
     ("prompt_align", ["--objective", "pico", "--teacher", "evidence"], 14)])   # 6 are a trial's

@@ -132,7 +132,11 @@ def zeroshot_classifier(model, texts):
 
 def to_rgb(image):
     """Of 16 bits the upper eight: Pillow's own conversion makes all above 255 white."""
-    return (image.point(lambda v: v / 256) if image.mode[0] == "I" else image).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("pixels of floats have no common scale")
+    elif image.mode[0] == "I":
+        image = image.convert("I").point(lambda v: v / 256)     # I;16B has no point
+    return image.convert("RGB")
 
 
 def _transform(n_px):
