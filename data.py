@@ -75,6 +75,8 @@ class DataError(ValueError):
 def decode(path, draft=False):
     """The image as PIL RGB, not rotated by EXIF, as CLIP's preprocess. draft: a JPEG 8x smaller."""
     with Image.open(path, formats=FORMATS) as image:
+        if image.mode == "F":
+            raise DataError("pixels of floats, which have no common scale")
         if draft:
             image.draft("RGB", (1, 1))
         return to_rgb(image)

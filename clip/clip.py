@@ -132,11 +132,8 @@ def zeroshot_classifier(model, texts):
 
 def to_rgb(image):
     """Of 16 bits the upper eight: Pillow's own conversion makes all above 255 white."""
-    if image.mode == "F":
-        raise ValueError("pixels of floats have no common scale")
-    elif image.mode[0] == "I":
-        image = image.convert("I").point(lambda v: v / 256)     # I;16B has no point
-    return image.convert("RGB")
+    deep = image.mode[0] == "I"  # convert, as I;16B, which ImageJ writes, has no point
+    return (image.convert("I").point(lambda v: v / 256) if deep else image).convert("RGB")
 
 
 def _transform(n_px):
@@ -249,7 +246,6 @@ def _read_torchscript(archive):
                 yield prefix + name, value
             elif isinstance(value, _Module):
                 yield from tensors(value, f"{prefix}{name}.")
-
     return dict(tensors(_TorchScriptUnpickler(archive).load(), ""))
 
 
