@@ -536,7 +536,7 @@ def meant(name, names):
     def folded(c):
         return " ".join(c.replace("_", " ").split()).casefold()
     for key in (str, folded, plain_name):
-        found = [k for k, c in enumerate(names) if key(c) == key(name)]
+        found = [k for k, c in enumerate(names) if key(c) == key(name) != ""]
         if len({folded(names[k]) for k in found}) == 1:
             return found
     return []
@@ -677,16 +677,12 @@ def check_classes(names):
 def by_name_of(names, wanted, parts):
     """The classes of --classes or of a model, which the labels of the images then count in.
     DataError if the images have others."""
-    alike = len(set(map(plain_name, wanted))) < len(wanted)     # such as `grade A`, `grade A+`
-    key = str.casefold if alike else plain_name
-    plain, asked = ([key(c.replace("_", " ")) or c for c in some] for some in (names, wanted))
-    if plain != asked:                                  # else as they are: two `missile`
-        index = {c: k for k, c in enumerate(asked)}
-        if others := [name for name, c in zip(names, plain) if c not in index]:
-            raise DataError(f"neither --classes nor a model has: {', '.join(others[:20])}")
-        order = torch.tensor([index[c] for c in plain])
-        for images in set(parts):
-            images.y_true = None if images.y_true is None else order[images.y_true]
+    found = [meant(name, wanted) for name in names]
+    if others := [name for name, some in zip(names, found) if not some]:
+        raise DataError(f"neither --classes nor a model has: {', '.join(others[:20])}")
+    order = torch.tensor([k if k in some else some[0] for k, some in enumerate(found)])
+    for images in set(parts):                           # of two `missile` each stays itself
+        images.y_true = None if images.y_true is None else order[images.y_true]
     return wanted
 
 
