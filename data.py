@@ -403,7 +403,7 @@ def read_aircraft(root):
     names, parts = read_text(root / "variants.txt").splitlines(), []
     for part in ("train", "test"):
         rows = [line.partition(" ")
-                for line in read_text(root / f"images_variant_{part}.txt").splitlines()]
+                for line in read_text(root / f"images_variant_{part}.txt").strip().splitlines()]
         parts.append(Images([f"images/{number}.jpg" for number, _, _ in rows],
                             [names.index(name) for _, _, name in rows], root))
     return "CoOp's official split", names, *parts
