@@ -768,6 +768,8 @@ def load_prompts(path, class_names):
     """Section 3.3.3: C lists of sentences from a JSON file {class name: [sentence, ...]}, whose
     names may differ in case, punctuation and the order of their words. A class without sentences
     has an empty list, and a warning names it. Raises DataError."""
+    def words(name):
+        return sorted(data.plain_name(name).split())
     table = data.read_json(path)
     if not isinstance(table, dict) or not all(
             isinstance(texts, list) and all(isinstance(text, str) for text in texts)
@@ -775,8 +777,7 @@ def load_prompts(path, class_names):
         raise data.DataError(f'{path}: expected {{"class name": ["sentence", ...], ...}}')
     keys, sentences = list(table), []
     for c in class_names:
-        found = data.meant(c, keys) or [k for k, key in enumerate(keys) if sorted(
-            data.plain_name(key).split()) == sorted(data.plain_name(c).split())]
+        found = data.meant(c, keys) or [k for k, key in enumerate(keys) if words(key) == words(c)]
         sentences.append(table[keys[found[0]]] if found else [])
     missing = [c for c, texts in zip(class_names, sentences) if not texts]
     says = (f"{path} has no sentences for {len(missing)} of {len(class_names)} classes: "
