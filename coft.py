@@ -111,8 +111,8 @@ def labels_of(p, index):
 
 def pseudo_labels(p0, index, C, K):
     """Eq. (1), S*: y = argmax_k p0_k; confident: per class the K images with the largest p0_y. A
-    class that is nobody's argmax takes the largest of its column, at most K and N / C of them, from
-    whichever class. p0, index (N, H) -> y (N,), confident (N,) bool."""
+    class that is no image's argmax gets those where its own p0 is largest, min(K, N / C) of them at
+    most. p0, index (N, H) -> y (N,), confident (N,) bool."""
     y = labels_of(p0, index)
     for k in set(range(C)) - set(y.tolist()):
         best = at(p0, index, torch.tensor([k])).topk(min(K, math.ceil(len(y) / C)))
@@ -147,8 +147,8 @@ def complementary_labels(y, C):
 
 
 def with_crops(x, share):
-    """(A6) Also the corners and the centre, 0.9 of the sides (the mean of the weak views), as large
-    as before; not if share = 0. (B, 3, R, R) -> (V B, 3, R, R), V = 6 or 1."""
+    """(A6) V = 6 views: the images, then their corners and centres, 0.9 of the sides (the mean of
+    the weak views), scaled up again; V = 1 if share = 0. (B, 3, R, R) -> (V B, 3, R, R)."""
     if not share:
         return x
     R, device = x.shape[-1], x.device
@@ -262,7 +262,7 @@ class FullModel(nn.Module):
     def __init__(self, clip_model, W0, student):
         super().__init__()
         self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
-        self.fc = nn.Linear(*reversed(W0.shape), device=W0.device)
+        self.fc = nn.Linear(W0.shape[1], W0.shape[0], device=W0.device)
         self.fc.weight.data.copy_(W0)
         self.fc.bias.data.zero_()
         self.judge = student.requires_grad_(False)
@@ -368,17 +368,17 @@ def clip_scale(job):
 
 @torch.no_grad()
 def crops_tell(job, model):
-    """(A6) Whether five crops weigh all from the start: if CLIP itself learns as much of the class
-    from one of them as from the plain image, but for 2 %. Where it learns less, they cut objects
-    off. What it learns is the mutual information, H(mean over images of p) - mean of H(p)."""
+    """(A6) Whether the five crops get all the weight from the start: if one of them tells CLIP at
+    least 98 % of what the plain image does. If not, they cut objects off. What an image tells of
+    its class is the mutual information, entropy(mean over images of p) - mean of entropy(p)."""
     images, C = data.some(job.dataset.train), len(job.dataset.class_names)
     plain, p = job.train.dataset.transforms, torch.zeros(6, len(images), C)
     for x, i in job.load(images.view(*plain)):                                  # (B, 3, R, R), (B,)
         with job.autocast():
             _, l, _ = model(job.clip_model, with_crops(x, 1.0))                 # (6 B, C)
         p[:, i] = l.softmax(dim=1).cpu().unflatten(0, (6, -1))
-    p, H = data.all_reduce_sum(p), torch.special.entr                           # (6, n, C)
-    told = H(p.mean(dim=1)).sum(dim=1) - H(p).sum(dim=2).mean(dim=1)            # (6,)
+    p, entropy = data.all_reduce_sum(p), torch.special.entr                     # (6, n, C)
+    told = entropy(p.mean(dim=1)).sum(dim=1) - entropy(p).sum(dim=2).mean(dim=1)        # (6,)
     return bool(told[1:].mean() > 0.98 * told[0])
 
 
@@ -432,17 +432,17 @@ def train_phase(job, number, students, weak, lesson, table):
             among = mine.nonzero()[:, 0].tolist()
             if args.shots:                              # few would drown among them
                 part = 1 / 2 if number == 1 else min(1 / 2, args.shots ** 0.5 / 16)    # of a batch
-                times = int(len(among) * part / (1 - part) / len(job.known))
-                among += max(TIMES - 1, times) * job.known.tolist()
+                more = int(len(among) * part / (1 - part) / len(job.known))     # of each
+                among += max(TIMES - 1, more) * job.known.tolist()
             loader.batch_sampler.among = among
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
                                  f"phase {number} epoch {epoch + 1}/{epochs}", steps - phase.step):
             run.rows.append(train_step(job, phase, batches, y, clean))
         means = run.means(f"--lr{min(number, 2)}")
         loss = means["loss"]
-        rate = (1.0, float(verdict))                    # how far p, p_clean go to the new ones
-        if "views" in job.added:                        # (A1) running means of the epochs; p has
-            rate = 1 / (epoch + 2), verdict / (epoch + 1)       # the table before as one more
+        rate = (1.0, float(verdict))                    # of p, p_clean: 1 replaces, 0 keeps
+        if "views" in job.added:                        # (A1) running means of the epochs; in p's
+            rate = 1 / (epoch + 2), verdict / (epoch + 1)       # the first table counts as one
         if number < 3:                                  # (A7) phase 3 keeps its table
             table = predict(job, phase.students, looks, verdict, table, rate)
         run.report(phase=number, epoch=epoch + 1, **means,
@@ -452,9 +452,9 @@ def train_phase(job, number, students, weak, lesson, table):
                        lesson=lesson, loss=loss)
     if number > 1:
         far = 1.0
-        if "part" in job.added:                         # (A5); phase 3's labels are as good as any
+        if "part" in job.added:                         # (A5); phase 3's labels are trusted: loss 0
             far = part_way(job, phase.students, phase.step, loss if number == 2 else 0.0)
-        if "crops" in job.added:                        # (A6) at least as far as they left CLIP
+        if "crops" in job.added:                        # (A6) all, or as far as they left CLIP
             job.crops = max(job.crops, far)
     return table, phase.students
 

@@ -111,8 +111,8 @@ def labels_of(p, index):
 
 def pseudo_labels(p0, index, C, K):
     """Eq. (1), S*: y = argmax_k p0_k; confident: per class the K images with the largest p0_y. A
-    class that is nobody's argmax takes the largest of its column, at most K and N / C of them, from
-    whichever class. p0, index (N, H) -> y (N,), confident (N,) bool."""
+    class that is no image's argmax gets those where its own p0 is largest, min(K, N / C) of them at
+    most. p0, index (N, H) -> y (N,), confident (N,) bool."""
     y = labels_of(p0, index)
     for k in set(range(C)) - set(y.tolist()):
         best = at(p0, index, torch.tensor([k])).topk(min(K, math.ceil(len(y) / C)))
@@ -147,8 +147,8 @@ def complementary_labels(y, C):
 
 
 def with_crops(x, share):
-    """(A6) Also the corners and the centre, 0.9 of the sides (the mean of the weak views), as large
-    as before; not if share = 0. (B, 3, R, R) -> (V B, 3, R, R), V = 6 or 1."""
+    """(A6) V = 6 views: the images, then their corners and centres, 0.9 of the sides (the mean of
+    the weak views), scaled up again; V = 1 if share = 0. (B, 3, R, R) -> (V B, 3, R, R)."""
     if not share:
         return x
     R, device = x.shape[-1], x.device
@@ -291,7 +291,7 @@ class FullModel(nn.Module):
     def __init__(self, clip_model, W0, student):
         super().__init__()
         self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
-        self.fc = nn.Linear(*reversed(W0.shape), device=W0.device)
+        self.fc = nn.Linear(W0.shape[1], W0.shape[0], device=W0.device)
         self.fc.weight.data.copy_(W0)
         self.fc.bias.data.zero_()
         self.register_buffer("gauss_W", torch.zeros_like(W0))           # (A11) see posterior,
@@ -480,8 +480,8 @@ def train_phase(job, number, round, students, weak, lesson, table):
             among = mine.nonzero()[:, 0].tolist()
             if args.shots:                              # few would drown among them
                 part = 1 / 2 if number == 1 else min(1 / 2, args.shots ** 0.5 / 16)    # of a batch
-                times = int(len(among) * part / (1 - part) / len(job.known))
-                among += max(TIMES - 1, times) * job.known.tolist()
+                more = int(len(among) * part / (1 - part) / len(job.known))     # of each
+                among += max(TIMES - 1, more) * job.known.tolist()
             loader.batch_sampler.among = [] if phase.keys else among
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
                                  f"phase {number} round {round + 1} epoch {epoch + 1}/{epochs}",
@@ -489,9 +489,9 @@ def train_phase(job, number, round, students, weak, lesson, table):
             run.rows.append(train_step(job, phase, batches, y, clean))
         means = run.means(f"--lr{min(number, 2)}")
         loss = means["loss"]
-        rate = (1.0, float(verdict))                    # how far p, p_clean go to the new ones
-        if "views" in job.added:                        # (A1) running means of the epochs; p has
-            rate = 1 / (epoch + 2), verdict / (epoch + 1)       # the table before as one more
+        rate = (1.0, float(verdict))                    # of p, p_clean: 1 replaces, 0 keeps
+        if "views" in job.added:                        # (A1) running means of the epochs; in p's
+            rate = 1 / (epoch + 2), verdict / (epoch + 1)       # the first table counts as one
         if epoch + 1 in asked:
             table, even = ask_density(job, phase.students, table, rate[0], NATS[1])
             if epoch + 1 == third and "balance" in job.added and not even:
@@ -507,7 +507,7 @@ def train_phase(job, number, round, students, weak, lesson, table):
                        early=early)
     if number > 1:
         far = 1.0
-        if "part" in job.added:                         # (A5); phase 3's labels are as good as any
+        if "part" in job.added:                         # (A5); phase 3's labels are trusted: loss 0
             far = part_way(job, phase.students, phase.step, loss if number == 2 else 0.0)
         job.crops = far * ("crops" in job.added)        # (A6) as far as they have left CLIP
         enough = len(images) > FEW * len(job.dataset.class_names)
