@@ -575,7 +575,7 @@ def by_density(q, index, p, f, C, nats):
         return fit, float(d.logsumexp(dim=1).mean())
 
     (free, above), (held, below) = em(False), em(True)
-    even = above - below < nats
+    even = data.broadcast_from_rank0(lambda: above - below < nats)      # GPUs differ in rounding
     W, b, root = held if even else free
     return times(p, log_density(f, index, W, b, root), index, even), even, (W, b)
 

@@ -36,6 +36,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -296,19 +297,20 @@ class DeviceLoader(DataLoader):
     the device, index (B,) on the CPU. What crosses from the loader's processes is uint8. Give
     `epoch` where a run resumes. drop_last drops nothing where that would leave no batch."""
     def __init__(self, view, batch_size, shuffle=False, seed=0, workers=0, device="cpu",
-                 drop_last=False, epoch=0):
+                 drop_last=False, epoch=0, pin=True):
         self.N, self.device = len(view), torch.device(device)
         super().__init__(
             view, num_workers=workers, worker_init_fn=worker_init,
             batch_sampler=EpochSampler(self.N, batch_size, shuffle, seed, epoch, drop_last),
-            pin_memory=self.device.type == "cuda", persistent_workers=shuffle and workers > 0,
+            pin_memory=pin and self.device.type == "cuda",
+            persistent_workers=shuffle and workers > 0,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             generator=torch.Generator().manual_seed(0))         # not the global one
 
     def __iter__(self):
         for *views, index in super().__iter__():
-            yield (*(normalize(x.to(self.device, non_blocking=self.device.type == "cuda"))
-                     for x in views), index)            # from pinned memory only
+            yield (*(normalize(x.to(self.device, non_blocking=self.pin_memory))
+                     for x in views), index)
 
 
 def worker_init(_):
@@ -430,7 +432,7 @@ def read_torchvision(root, known):
             files = [f"{len(parts)}/{i:05d}.png" for i in range(len(files))]
         else:
             files, labels = zip(*files) if known.keeps == "_samples" else (files, found._labels)
-            files = [os.path.relpath(file, root) for file in files]
+            files = [Path(os.path.relpath(file, root)).as_posix() for file in files]
         parts.append(Images(files, labels, root, pictures))
     names = getattr(found, "classes", None)             # Flowers102 has them since torchvision 0.22
     names = names and [known.clean(name) for name in names]
@@ -594,8 +596,8 @@ def load(path, classes=None, template=None, adapted=None):
             text, names, *parts = read_torchvision(root, known)
         else:
             text, names, *parts = read_folders(root, known, classes, not adapted)
-            others = len(list_images(root)) - len({*parts[0].names, *parts[1].names})
-            if others and not known.folders[0]:         # one's own
+            used = {*parts[0].names, *parts[1].names}
+            if not known.folders[0] and (others := len(list_images(root)) - len(used)):     # own
                 print(f"warning: {others} other images in {path} are left out", file=sys.stderr)
         if not all(parts):                              # without images
             raise DataError(f"{path}: no images ({', '.join(EXTENSIONS)}). {EXPECTED}")
@@ -768,7 +770,8 @@ def setup(args, settings={}):
         workers *= sys.platform == "linux"              # elsewhere they could not share the cache
     if amp == "auto" and device.type == "cuda":         # older GPUs have no bf16
         amp = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    load_view = partial(DeviceLoader, batch_size=args.batch_size, device=device, workers=workers)
+    load_view = partial(DeviceLoader, batch_size=args.batch_size, device=device, workers=workers,
+                        pin=not vars(args).get("compile"))      # no thread may disturb `graphed`
     train = load_view(dataset.train.view(plain))
     test = train if dataset.test is dataset.train else load_view(dataset.test.view(plain))
     return SimpleNamespace(
@@ -960,7 +963,8 @@ def command_line(adapt, args):
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         else:
             gpu = torch.cuda.is_available() and args.device != "cpu"
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo",
+                                    timeout=timedelta(days=1))  # the first one may download
             args.out = broadcast_from_rank0(str, args.out)      # a free folder for all
         if rank() > 0:                                  # the first one speaks
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
@@ -973,7 +977,7 @@ def command_line(adapt, args):
     except (DataError, clip.CLIPError, OSError, csv.Error) as e:
         says = f"error: {e}"
     except torch.cuda.OutOfMemoryError:
-        says = f"error: out of GPU memory, lower --batch-size {args.batch_size}"
+        says = f"error: out of GPU memory: begin anew with --batch-size < {args.batch_size}"
     except KeyboardInterrupt:
         status, says = 130, "stopped"
         if (Path(args.out) / "args.json").exists():
@@ -1057,7 +1061,7 @@ class Run:
         for step, row in enumerate(rows, 1):
             if not math.isfinite(row["loss"]):
                 raise DataError(f"the loss became {row['loss']} in {self.where}, step {step}: "
-                                f"lower {lower}; last.pt holds the last good epoch")
+                                f"begin anew with a lower {lower}")
         means = {k: round(sum(row[k] for row in rows) / len(rows), 4) for k in rows[0]}
         return {**means, "skipped": int(sum(row["skipped"] for row in rows))}
 

@@ -2329,7 +2329,7 @@ def test_align_unlabelled_folder_with_candidates(drawn, tmp_path, capsys):
 @pytest.mark.parametrize("args, says", [
     ("--data nowhere", "nowhere"), ("--candidates absent.csv", "absent.csv"),
     ("--candidates bad.json", "bad.json: train/00000.png: expected a class or 0 to 9, got dog"),
-    ("--lr 1e30", "lower --lr")])
+    ("--lr 1e30", "a lower --lr")])
 def test_align_user_errors(little, tmp_path, capsys, monkeypatch, args, says):
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "bad.json", {"train/00000.png": ["dog"]})
@@ -2713,8 +2713,8 @@ def test_loss_that_is_not_finite(little, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(coft, "total_loss", bad)
     assert run(tmp_path / "coft") == 2
     assert capsys.readouterr().err == (
-        "error: the loss became nan in phase 1 epoch 2/2, step 1: lower --lr1; last.pt holds the "
-        "last good epoch\n")
+        "error: the loss became nan in phase 1 epoch 2/2, step 1: begin anew with a lower "
+        "--lr1\n")
     assert torch.load(tmp_path / "coft" / "last.pt", weights_only=True)["epoch"] == 1
 
 
