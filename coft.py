@@ -75,7 +75,6 @@ VIEWS = 8           # (A1) of each image, for the first labels
 WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise were chosen
 TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
-LEARNT = 2          # (A5) a power, see part_way
 FEW = 4             # (A5) images a class from which nothing is learnt
 TIMES = 7           # (--shots) draws of a labelled image for each of another one, at least
 SETTINGS = {    # defaults: (tiny CLIPs, D < 512; OpenAI's models); lam, peft_size have no flag
@@ -384,15 +383,15 @@ def crops_tell(job, model):
 
 
 @torch.no_grad()
-def part_way(job, models, steps, loss):
+def part_way(job, models, steps, loss, power=2):
     """(A5) Every weight of the models of phase 2 becomes start + far (learnt - start) (WiSE-FT,
     arXiv 2109.01903), as in small folders wrong labels are learnt by heart: far = steps / WHOLE
-    times (N / C - FEW) / 2, each from 0 to 1, and at most (2 exp(-loss))^LEARNT: labels whose mean
+    times (N / C - FEW) / 2, each from 0 to 1, and at most (2 exp(-loss))^power: labels whose mean
     probability in the last epoch is below one half were not learnt, they only pull. With K true
     labels a class far is at least K / (K + 1). Returns far."""
     each = len(job.dataset.train) / len(job.dataset.class_names)
     enough, K = min(1.0, max(0.0, (each - FEW) / 2)), job.args.shots
-    learnt = (2 * math.exp(-loss)) ** LEARNT
+    learnt = (2 * math.exp(-loss)) ** power
     far = max(min(enough * min(1.0, steps / WHOLE), learnt), K / (K + 1))
     for me in models:
         for v, v0 in zip(me.parameters(), FullModel(job.full, job.W0, me.judge).parameters()):

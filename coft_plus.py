@@ -70,7 +70,6 @@ VIEWS = 8           # (A1) of each image, for the first labels
 WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise were chosen
 TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
-LEARNT = 4          # (A5) a power, see part_way; 2 in coft.py, which has no Gaussians
 FEW = 4             # (A5), (A11) images a class from which nothing is learnt
 NATS = 0.8, 1.0     # (A9) nats an image that equal class sizes may cost: after phase 1, in phase 2
 ROOT = 8            # (A11) the 8th root of the density: its D features are not independent
@@ -423,15 +422,15 @@ def clip_scale(job):
 
 
 @torch.no_grad()
-def part_way(job, models, steps, loss):
+def part_way(job, models, steps, loss, power=2):
     """(A5) Every weight of the models of phase 2 becomes start + far (learnt - start) (WiSE-FT,
     arXiv 2109.01903), as in small folders wrong labels are learnt by heart: far = steps / WHOLE
-    times (N / C - FEW) / 2, each from 0 to 1, and at most (2 exp(-loss))^LEARNT: labels whose mean
+    times (N / C - FEW) / 2, each from 0 to 1, and at most (2 exp(-loss))^power: labels whose mean
     probability in the last epoch is below one half were not learnt, they only pull. With K true
     labels a class far is at least K / (K + 1). Returns far."""
     each = len(job.dataset.train) / len(job.dataset.class_names)
     enough, K = min(1.0, max(0.0, (each - FEW) / 2)), job.args.shots
-    learnt = (2 * math.exp(-loss)) ** LEARNT
+    learnt = (2 * math.exp(-loss)) ** power
     far = max(min(enough * min(1.0, steps / WHOLE), learnt), K / (K + 1))
     for me in models:
         for v, v0 in zip(me.parameters(), FullModel(job.full, job.W0, me.judge).parameters()):
@@ -509,7 +508,8 @@ def train_phase(job, number, round, students, weak, lesson, table):
     if number > 1:
         far = 1.0
         if "part" in job.added:                         # (A5); phase 3's labels are trusted: loss 0
-            far = part_way(job, phase.students, phase.step, loss if number == 2 else 0.0)
+            power = 4 if "head" in job.added else 2     # (A11) needs little training
+            far = part_way(job, phase.students, phase.step, loss if number == 2 else 0.0, power)
         job.crops = far * ("crops" in job.added)        # (A6) as far as they have left CLIP
         enough = len(images) > FEW * len(job.dataset.class_names)
         if enough and "head" in job.added:              # few images: Gaussians of next to no width
