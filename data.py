@@ -27,6 +27,7 @@ import math
 import mmap
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -711,7 +712,7 @@ def add_common(parser, script, batch_size, what="images per step, of all process
         help="mixed precision (%(default)s: bf16 or fp16 on CUDA, off elsewhere)")
     add("--batch-size", type=int, default=batch_size, help=f"{what} (%(default)s)")
     add("--workers", type=int, help="loader processes; default: up to 4, 0 for images in "
-        "memory and where they cannot share the pixels (macOS, Windows)")
+        "memory and where they cannot share them (macOS, Windows, containers: /dev/shm < 1 GB)")
     add("--cache", type=float, default=4, metavar="GB", help="memory for pixels (%(default)s)")
     add("--flip", help="mirror half of the augmented images; default: if that moves their "
         "zero-shot posteriors less than cropping does", **switch)
@@ -767,7 +768,8 @@ def setup(args, settings={}):
     if workers is None:
         cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))    # of each process
         workers = min(8, cores) // 2 if dataset.train.pictures is None else 0
-        workers *= sys.platform == "linux"              # elsewhere they could not share the cache
+        if sys.platform != "linux" or shutil.disk_usage("/dev/shm").free < 2**30:
+            workers = 0             # elsewhere they share no cache; batches pass through /dev/shm
     if amp == "auto" and device.type == "cuda":         # older GPUs have no bf16
         amp = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     load_view = partial(DeviceLoader, batch_size=args.batch_size, device=device, workers=workers,
