@@ -100,7 +100,8 @@ class Table(NamedTuple):
 
 
 def at(values, index, y):
-    """The values of the classes y. values, index (..., H), y (...) -> (...)."""
+    """The values of the classes y, 0 where an image's H lack it. values, index (..., H), y (...)
+    -> (...)."""
     return (values * (index == y[..., None])).sum(dim=-1)
 
 
@@ -119,8 +120,8 @@ def pseudo_labels(p0, index, C, K):
         y[best.indices[best.values > 0]] = k
     order = at(p0, index, y).argsort(descending=True, stable=True)
     order = order[y[order].argsort(stable=True)]        # class by class, the surest first
-    surest = [mine[:K] for mine in order.split(y.bincount(minlength=C).tolist())]
-    return y, torch.zeros(len(y), dtype=torch.bool).index_fill(0, torch.cat(surest), True)
+    surest = torch.cat([mine[:K] for mine in order.split(y.bincount().tolist())])
+    return y, torch.zeros(len(y), dtype=torch.bool).index_fill(0, surest, True)
 
 
 def loss_cls(l_pos, y):
@@ -302,7 +303,8 @@ def select_clean(number, p, table):
 
 def total_loss(job, number, l_pos, l_neg, target):
     """Phase 1: Eq. (4) + lam Eq. (6); then: Eq. (7). The mean over the clean images, 0 if there are
-    none. l (B, C), target: y, clean, y_bar, (B,)."""
+    none. l (B, C), target: y, clean, y_bar, (B,). (A5) takes phase 2's for the mean -log p_y: with
+    another loss leave it out, `--recipe ours-part`."""
     y, clean, y_bar = target
     loss = loss_cls(l_pos, y)                                                   # (B,)
     if number == 1:
@@ -385,10 +387,12 @@ def crops_tell(job, model):
 @torch.no_grad()
 def part_way(job, models, steps, loss, power=2):
     """(A5) Every weight of the models of phase 2 becomes start + far (learnt - start) (WiSE-FT,
-    arXiv 2109.01903), as in small folders wrong labels are learnt by heart: far = steps / WHOLE
-    times (N / C - FEW) / 2, each from 0 to 1, and at most (2 exp(-loss))^power: labels whose mean
-    probability in the last epoch is below one half were not learnt, they only pull. With K true
-    labels a class far is at least K / (K + 1). Returns far."""
+    arXiv 2109.01903), as in small folders wrong labels are learnt by heart. far is the product of
+        enough  (N / C - FEW) / 2, from 0 to 1
+        steps / WHOLE, at most 1
+    but no more than (2 exp(-loss))^power, which is below 1 where the mean probability of the labels
+    in the last epoch is below one half: not learnt, they only pull; and with K true labels a class
+    no less than K / (K + 1). Returns far."""
     each = len(job.dataset.train) / len(job.dataset.class_names)
     enough, K = min(1.0, max(0.0, (each - FEW) / 2)), job.args.shots
     learnt = (2 * math.exp(-loss)) ** power
@@ -440,9 +444,9 @@ def train_phase(job, number, students, weak, lesson, table):
             run.rows.append(train_step(job, phase, batches, y, clean))
         means = run.means(f"--lr{min(number, 2)}")
         loss = means["loss"]
-        rate = (1.0, float(verdict))                    # of p, p_clean: 1 replaces, 0 keeps
-        if "views" in job.added:                        # (A1) running means of the epochs; in p's
-            rate = 1 / (epoch + 2), verdict / (epoch + 1)       # the first table counts as one
+        n = epoch + 1 if "views" in job.added else 0    # (A1) running means of the epochs
+        rate = 1 / (n + 1), verdict / max(1, n)         # of p, where the first table counts as one,
+                                                        # and of p_clean: 1 replaces, 0 keeps
         if number < 3:                                  # (A7) phase 3 keeps its table
             table = predict(job, phase.students, looks, verdict, table, rate)
         run.report(phase=number, epoch=epoch + 1, **means,
@@ -555,7 +559,7 @@ class Adapted(nn.Module):
             models = [FullModel(full, weights["0.fc.weight"], me) for me in models]
         self.models = nn.ModuleList(models)
         self.models.load_state_dict(weights)
-        self.to(clip_model.logit_scale.device).requires_grad_(False)
+        self.to(clip_model.logit_scale.device).requires_grad_(False).eval()
 
     def forward(self, x):
         views = with_crops(x, self.crops)                               # (V B, 3, R, R)
@@ -608,8 +612,8 @@ def adapt(args):
         return finish(job, Adapted(job.saved, clip_model, other).models)
     vit = hasattr(clip_model.visual, "transformer")
     args.peft = args.peft or ("vpt" if vit else "adapter")
-    if args.peft == "vpt" and not vit:
-        raise data.DataError("--peft vpt needs a ViT; a ResNet takes --peft adapter")
+    if args.peft != "adapter" and not vit:
+        raise data.DataError(f"--peft {args.peft} needs a ViT; a ResNet takes --peft adapter")
     job.known = args.shots and data.few_shot(dataset.train.y_true, args.shots, args.seed)   # (n,)
 
     # CLIP's own guesses, and the confident ones among them

@@ -26,6 +26,7 @@ import json
 import math
 import mmap
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -35,7 +36,7 @@ import time
 import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -547,6 +548,8 @@ def meant(name, names):
 
 def reason(e):
     """An exception in a few words."""
+    if isinstance(e, pickle.UnpicklingError):           # its text tells how to run the file
+        return "damaged, or something else"
     return getattr(e, "strerror", None) or " ".join(str(e).split())[:200] or type(e).__name__
 
 
@@ -760,7 +763,7 @@ def setup(args, settings={}):
     for flag, values in settings.items():
         if getattr(args, flag, None) is None:
             setattr(args, flag, values[clip_model.visual.output_dim >= 512])
-    run = Run(args.out, {**vars(args), "dataset": dataset.description}, args.resume)
+    run = args.run = Run(args.out, {**vars(args), "dataset": dataset.description}, args.resume)
     run.say(dataset.description)
     plain, *_ = views = transforms(clip_model.visual.input_resolution)
     run.say(cache_pixels(dataset, views, args.cache))
@@ -984,6 +987,8 @@ def command_line(adapt, args):
         status, says = 130, "stopped"
         if (Path(args.out) / "args.json").exists():
             says += f"; --resume --out {args.out} goes on after the last epoch"
+    if status == 2 and "run" in args:
+        args.run.undo()
     print(says, file=sys.stderr, flush=True)
     return status
 
@@ -999,11 +1004,17 @@ class Run:
                             f"{out} already holds a run: give --resume, or another --out")
         if resume and (self.out / "last.pt").exists():
             self.read_state(args)
-        if rank() == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
         with replacing(self.out / "args.json", "w") as file:
             json.dump(self.lines[0], file, indent=2)
         self.log()
+
+    def undo(self):
+        """Takes the folder back where a mistake ended the run before anything was learnt."""
+        if rank() == 0 and not any((self.out / f).exists() for f in ("last.pt", "predictions.csv")):
+            for name in ("args.json", "log.jsonl"):
+                (self.out / name).unlink()
+            with suppress(OSError):                     # what else is there stays
+                self.out.rmdir()
 
     def read_state(self, args):
         """What last.pt holds; DataError if it is damaged, or of a run with other settings."""
@@ -1093,6 +1104,8 @@ def peak_memory_gb():
 def replacing(path, mode="wb", **how):
     """A file that takes the place of `path` once it is complete. Only the first process writes."""
     part = f"{path}.tmp" if rank() == 0 else os.devnull
+    if rank() == 0:
+        Path(part).parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, mode, **how) as file:
             yield file

@@ -129,7 +129,8 @@ def pll_loss(objective, l, S, c, lam):
         return loss_cavl(l[0], S)
     elif objective == "crdpll":
         return loss_crdpll(l, S, c, lam)
-    return loss_weighted(l[0], c)                       # naive, rc, proden, pico: by c they differ
+    elif objective in ("naive", "rc", "proden", "pico"):
+        return loss_weighted(l[0], c)                   # by c they differ
 
 
 def confidence(objective, l, S):
@@ -471,7 +472,7 @@ def candidate_rows(path, classes_of):
     text = data.read_text(path)
     first = text.split("\n")[0]
     rows = csv.reader(io.StringIO(text, newline=""),
-                      delimiter=next((d for d in ",;\t" if d in first), ","))
+                      delimiter=next((d for d in ",;\t|" if d in first), ","))
     for image, *cells in filter(None, rows):
         cells = "|".join(cells).replace(";", "|").split("|")
         cells = [cell.strip() for cell in cells if cell.strip()]

@@ -1565,7 +1565,8 @@ def test_user_errors(drawn, little, tmp_path, capsys, monkeypatch):
             (["--device", "foo"], "--device foo cannot be used"),
             (["--recipe", "mine"], "--recipe mine: expected paper, then +NAME, or ours"),
             (["--batch-size", "0"], "--batch-size 0 is too small"), (["--lr1", "nan"], "--lr1 nan"),
-            (["--out", "page.pt/run"], "page.pt"), (["--resume"], "out holds no run to --resume")):
+            (["--out", "page.pt/run"], "page.pt"), (["--resume"], "out holds no run to --resume"),
+            (["--student", "absent.pt"], "no such model or file: absent.pt")):
         assert run("out", *args) == 2, args
         said = capsys.readouterr().err
         assert said.startswith("error: ") and says in said.splitlines()[0], said
@@ -2227,6 +2228,7 @@ ROWS = "Image,labels\n./cat\\1.jpg,bengal_CAT|2\n\ndog/1.jpg,0,beagle,\n3.jpg,1;
     ("3.jpg,c\n2.jpg,C++|c#", ["c", "c++", "c#"], "111 111 011 100", 2),    # one's punctuation
     ('"dog/2.jpg","0;1"', CLASSES, "111 111 110 111", 3),
     ("dog/2.jpg\t0\tbengal cat", CLASSES, "111 111 110 111", 3),
+    ("image|labels\ndog/2.jpg|0|bengal cat", CLASSES, "111 111 110 111", 3),
 ])
 def test_read_candidates(tmp_path, content, classes, want, none):
     path = tmp_path / ("f.csv" if isinstance(content, str) else "f.json")
@@ -2405,6 +2407,7 @@ def test_load(little, drawn, tmp_path, capsys, monkeypatch, script):
             (["--load", tmp_path / "absent.pt"], "absent.pt is not a run's model.pt: No such file"),
             (["--load", tmp_path / "cut.pt"], "cut.pt is not a run's model.pt"),
             (["--load", tmp_path / "vit.pt"], "vit.pt is not a run's model.pt"),
+            (["--load", tmp_path / "cats/cat/000.png"], "000.png is not a run's model.pt: damaged"),
             (["--load", tmp_path / "other.pt"], "other.pt was written by other.py"),
             (["--load", tmp_path / "gone.model.pt"], "no such model or file"),
             (["--load", file, "--weights", tmp_path / "vit.pt"], "adapted from another CLIP: "),
