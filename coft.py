@@ -496,11 +496,11 @@ def predict(job, models, loader, verdict=True, before=None, rate=(1.0, 1.0), top
         for me, judge, t in zip(models, judges, texts):
             with job.autocast():
                 _, l_pos, l_neg = me(job.clip_model, x, t)                      # (V B, C) each
-                new = l_pos.softmax(dim=1)
+                now = l_pos.softmax(dim=1)
                 if verdict and me is not judge:
                     _, l_pos, l_neg = judge(job.clip_model, x, t)
-            clean = log_p_clean(l_pos, l_neg)[0].exp() if verdict else torch.ones_like(new)
-            says.append(torch.stack([over_views(v, len(i), crops) for v in (new, clean)]).cpu())
+            clean = log_p_clean(l_pos, l_neg)[0].exp() if verdict else torch.ones_like(now)
+            says.append(torch.stack([over_views(v, len(i), crops) for v in (now, clean)]).cpu())
         says = torch.stack(says)                                                # (M, 2, B, C)
         for m, new in enumerate(says.mean(dim=0, keepdim=True) if mean else says):
             if before:                                                          # new (2, B, C)

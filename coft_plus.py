@@ -671,13 +671,13 @@ def predict(job, models, loader, verdict=True, before=None, rate=(1.0, 1.0), top
         for me, judge, t in zip(models, judges, texts):
             with job.autocast():
                 v, l_pos, l_neg = me(job.clip_model, x, t)          # (V B, D), (V B, C) each
-                new = posterior(me, v, l_pos, len(i), crops)                    # (B, C)
+                now = posterior(me, v, l_pos, len(i), crops)                    # (B, C)
                 if verdict and me is not judge:
                     _, l_pos, l_neg = judge(job.clip_model, x, t)
-            clean = torch.ones_like(new)
+            clean = torch.ones_like(now)
             if verdict:
                 clean = over_views(log_p_clean(l_pos, l_neg)[0].exp(), len(i), crops)
-            says.append(torch.stack([new, clean]).cpu())
+            says.append(torch.stack([now, clean]).cpu())
         says = torch.stack(says)                                                # (M, 2, B, C)
         for m, new in enumerate(says.mean(dim=0, keepdim=True) if mean else says):
             if before:                                                          # new (2, B, C)
