@@ -1011,9 +1011,9 @@ class Run:
     def undo(self):
         """Takes the folder back where a mistake ended the run before anything was learnt."""
         if rank() == 0 and not any((self.out / f).exists() for f in ("last.pt", "predictions.csv")):
-            for name in ("args.json", "log.jsonl"):
-                (self.out / name).unlink()
             with suppress(OSError):                     # what else is there stays
+                for name in ("args.json", "log.jsonl"):
+                    (self.out / name).unlink()
                 self.out.rmdir()
 
     def read_state(self, args):

@@ -1571,6 +1571,8 @@ def test_user_errors(drawn, little, tmp_path, capsys, monkeypatch):
         said = capsys.readouterr().err
         assert said.startswith("error: ") and says in said.splitlines()[0], said
         assert not (tmp_path / "out").exists()          # and nothing is left behind
+    assert run("photos", "--student", "absent.pt") == 2         # nor is what was there taken away
+    assert len(os.listdir("photos")) == 100
     assert coft.parse([]).out == "runs/coft-1"
     (tmp_path / "runs" / "coft-1").mkdir(parents=True)
     assert coft.parse([]).out == "runs/coft-2"          # never into a run that is there
@@ -2764,10 +2766,12 @@ def test_odd_data(little, drawn, tmp_path, capsys, monkeypatch):
 
 def test_same_for_any_number_of_workers(drawn, tmp_path, monkeypatch):
     save_pictures(tmp_path / "data", drawn)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**26))
-    job = data.setup(coft.parse(["--data", str(tmp_path / "data"), "--arch", "tiny", "--out",
-                                 str(tmp_path / "small")]), coft.SETTINGS["ours"])
-    assert job.train.num_workers == 0                   # they would die in Docker's /dev/shm
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    for free, workers in ((2**26, 0), (2**33, 4 * (sys.platform == "linux"))):  # Docker's /dev/shm
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+        job = data.setup(coft.parse(["--data", str(tmp_path / "data"), "--arch", "tiny", "--out",
+                                     str(tmp_path / str(free))]), coft.SETTINGS["ours"])
+        assert job.train.num_workers == workers         # more of them would find no room in it
     for workers in (0, 2):
         assert run(tmp_path / f"{workers}", "--data", tmp_path / "data", "--arch", "tiny",
                    "--max-steps", 2, "--epochs2", 0, "--workers", workers) == 0
