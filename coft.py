@@ -586,7 +586,7 @@ def finish(job, models, zero=None):
     if args.export:
         t = data.export_clip(job, models[0])            # of job.clip_model, from here on
         job.run.say(f"{args.export} and {args.export}.classes: one model, no b, unit v, no "
-                    f"crops; accuracy {test_accuracy(job, [ZeroShot(t)])}")
+                    f"crops; accuracy {test_accuracy(job, [ZeroShot(t)]) or 'unknown'}")
 
 
 # ======== main ========

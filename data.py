@@ -962,8 +962,8 @@ def command_line(adapt, args):
     try:
         for flag, value in vars(args).items():
             least = flag in ("batch_size", "rounds", "passes", "max_steps")     # 1; else 0
-            if isinstance(value, (int, float)) and not value >= least:
-                raise DataError(f"--{flag.replace('_', '-')} {value} is too small")
+            if isinstance(value, (int, float)) and not least <= value < 2**63:
+                raise DataError(f"--{flag.replace('_', '-')} {value} is out of range")
         if n == 1:                                      # torchrun's processes just end
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         else:

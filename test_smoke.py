@@ -1564,7 +1564,9 @@ def test_user_errors(drawn, little, tmp_path, capsys, monkeypatch):
              "the weights are not those of ViT-B/16: resolution 32"),
             (["--device", "foo"], "--device foo cannot be used"),
             (["--recipe", "mine"], "--recipe mine: expected paper, then +NAME, or ours"),
-            (["--batch-size", "0"], "--batch-size 0 is too small"), (["--lr1", "nan"], "--lr1 nan"),
+            (["--batch-size", "0"], "--batch-size 0 is out of range"),
+            (["--lr1", "nan"], "--lr1 nan"), (["--k", "inf"], "--k inf is out of range"),
+            (["--seed", str(2**63)], f"--seed {2**63} is out of range"),
             (["--out", "page.pt/run"], "page.pt"), (["--resume"], "out holds no run to --resume"),
             (["--student", "absent.pt"], "no such model or file: absent.pt")):
         assert run("out", *args) == 2, args
@@ -2336,7 +2338,7 @@ def test_align_unlabelled_folder_with_candidates(drawn, tmp_path, capsys):
 @pytest.mark.parametrize("args, says", [
     ("--data nowhere", "nowhere"), ("--candidates absent.csv", "absent.csv"),
     ("--candidates bad.json", "bad.json: train/00000.png: expected a class or 0 to 9, got dog"),
-    ("--lr 1e30", "a lower --lr")])
+    ("--lr 1e18", "a lower --lr")])
 def test_align_user_errors(little, tmp_path, capsys, monkeypatch, args, says):
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "bad.json", {"train/00000.png": ["dog"]})
