@@ -37,9 +37,9 @@ The paper does not say, so decided here:
             from the template's words; W at t0; students differ in order and complements too
   steps     momentum 0.9, warm-up, cosine, weight decay 5e-4; in A4 0.01 for the encoder, none
             elsewhere, and V- learns ten times as fast as V+
-  flags     --shots, the paper's 4.4: half of a batch in phase 1, then sqrt(shots) / 16, but each
-            image TIMES as often as others at least; --student, 4.5: that CLIP learns in phase 2,
-            (A7) in a third, twice as long
+  flags     --shots, the paper's 4.4: labelled images are half of a batch in phase 1, then
+            sqrt(shots) / 16 of it (1/2 at most), each drawn at least TIMES as often as any other;
+            --student, 4.5: that CLIP learns in phase 2, with (A7) in a phase 3, twice as long
 """
 import argparse
 import copy
@@ -66,7 +66,7 @@ ADDITIONS = {
     "balance": "A2 labels from posteriors balanced over the classes: guess",
     "fresh":   "A3 labels, and so verdicts, anew each epoch of phase 2: train_phase",
     "adam":    "A4 AdamW, rates relative to the size of words, not SGD: param_groups",
-    "part":    "A5 the encoders go part of the way: few steps or images, labels unlearnt: part_way",
+    "part":    "A5 the models go part of the way: few steps or images, labels unlearnt: part_way",
     "crops":   "A6 predict the mean over five crops, as A5 or CLIP lets: with_crops, crops_tell",
     "third":   "A7 --student learns in a phase 3, from what the models of phase 2 predict: adapt",
     "start":   "A10 the FC layer starts no softer than CLIP's posterior: clip_scale",
@@ -112,8 +112,8 @@ def labels_of(p, index):
 
 def pseudo_labels(p0, index, C, K):
     """Eq. (1), S*: y = argmax_k p0_k; confident: per class the K images with the largest p0_y. A
-    class that is no image's argmax gets those where its own p0 is largest, min(K, N / C) of them at
-    most. p0, index (N, H) -> y (N,), confident (N,) bool."""
+    class that is no image's argmax gets those where its own p0 is largest, min(K, N / C) at most,
+    but a later such class may take them away. p0, index (N, H) -> y (N,), confident (N,) bool."""
     y = labels_of(p0, index)
     for k in set(range(C)) - set(y.tolist()):
         best = at(p0, index, torch.tensor([k])).topk(min(K, math.ceil(len(y) / C)))
@@ -148,8 +148,8 @@ def complementary_labels(y, C):
 
 
 def with_crops(x, share):
-    """(A6) V = 6 views: the images, then their corners and centres, 0.9 of the sides (the mean of
-    the weak views), scaled up again; V = 1 if share = 0. (B, 3, R, R) -> (V B, 3, R, R)."""
+    """(A6) V = 6 views: the images, then four corners and the centre, 0.9 of each side (the mean of
+    the weak views), scaled up to R; V = 1 if share = 0. (B, 3, R, R) -> (V B, 3, R, R)."""
     if not share:
         return x
     R, device = x.shape[-1], x.device
@@ -259,7 +259,7 @@ class Student(nn.Module):
 class FullModel(nn.Module):
     """Section 3.2.2, Eq. (7): one of the two models of phase 2, a fresh image encoder and an FC
     layer W v + b on its unnormalised features v. W starts at W0 (C, D), the zero-shot texts, (A10)
-    times clip_scale; b at 0. The student of phase 1, frozen, goes on judging."""
+    times clip_scale; b at 0. The student of phase 1, frozen, gives p_clean of new images."""
     def __init__(self, clip_model, W0, student):
         super().__init__()
         self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
@@ -303,8 +303,8 @@ def select_clean(number, p, table):
 
 def total_loss(job, number, l_pos, l_neg, target):
     """Phase 1: Eq. (4) + lam Eq. (6); then: Eq. (7). The mean over the clean images, 0 if there are
-    none. l (B, C), target: y, clean, y_bar, (B,). (A5) takes phase 2's for the mean -log p_y: with
-    another loss leave it out, `--recipe ours-part`."""
+    none. l (B, C), target: y, clean, y_bar, (B,). (A5) reads phase 2's value as a mean -log p_y:
+    with any other kind of loss use `--recipe ours-part`."""
     y, clean, y_bar = target
     loss = loss_cls(l_pos, y)                                                   # (B,)
     if number == 1:
@@ -327,7 +327,7 @@ def start_phase(job, number, students, steps):
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=job.device.type == "cuda")
     else:
         optimizer = torch.optim.SGD(students.parameters(), args.lr1 if number == 1 else args.lr2,
-                                    momentum=0.9, weight_decay=5e-4)            # of what learns
+                                    momentum=0.9, weight_decay=5e-4)    # frozen: no gradient
     return SimpleNamespace(
         number=number, students=students, optimizer=optimizer, step=0,
         forward=data.distributed(students, args.compile),       # averages gradients
@@ -370,9 +370,9 @@ def clip_scale(job):
 
 @torch.no_grad()
 def crops_tell(job, model):
-    """(A6) Whether the five crops get all the weight from the start: if one of them tells CLIP at
-    least 98 % of what the plain image does. If not, they cut objects off. What an image tells of
-    its class is the mutual information, entropy(mean over images of p) - mean of entropy(p)."""
+    """(A6) Whether the crops get all the weight, whatever A5 says: if a crop tells CLIP, on average
+    over the five, 98 % of what the plain image does; else they cut objects off. What images tell of
+    their class is the mutual information, entropy(mean over images of p) - mean of entropy(p)."""
     images, C = data.some(job.dataset.train), len(job.dataset.class_names)
     plain, p = job.train.dataset.transforms, torch.zeros(6, len(images), C)
     for x, i in job.load(images.view(*plain)):                                  # (B, 3, R, R), (B,)
@@ -400,7 +400,7 @@ def part_way(job, models, steps, loss, power=2):
     for me in models:
         for v, v0 in zip(me.parameters(), FullModel(job.full, job.W0, me.judge).parameters()):
             v.copy_(v0.lerp(v, far))
-    job.run.say(f"{steps} steps, {each:.0f} images a class: the encoders go {100 * far:.0f} % of "
+    job.run.say(f"{steps} steps, {each:.0f} images a class: the models go {100 * far:.0f} % of "
                 "the way")
     return far
 
@@ -444,9 +444,9 @@ def train_phase(job, number, students, weak, lesson, table):
             run.rows.append(train_step(job, phase, batches, y, clean))
         means = run.means(f"--lr{min(number, 2)}")
         loss = means["loss"]
-        n = epoch + 1 if "views" in job.added else 0    # (A1) running means of the epochs
-        rate = 1 / (n + 1), verdict / max(1, n)         # of p, where the first table counts as one,
-                                                        # and of p_clean: 1 replaces, 0 keeps
+        n = epoch + 1 if "views" in job.added else 0    # (A1) looks in the running mean so far
+        rate = 1 / (n + 1), verdict / max(1, n)         # weight of this look in p (the first table
+                                                        # is one too), in p_clean (later 0: stays)
         if number < 3:                                  # (A7) phase 3 keeps its table
             table = predict(job, phase.students, looks, verdict, table, rate)
         run.report(phase=number, epoch=epoch + 1, **means,
@@ -525,10 +525,10 @@ def diagnostics(table, lesson, verdict, y_true):
     """How good the filter is, means over both models. Of the labels just learnt from:
         kept                    the share that is clean
         unfiltered, precision   how many are right: of all, of the clean ones
-    Of those that each model would give now (before A2):
+    Of those that the table would give now (before A2):
         shared_errors           how many of the first one's wrong labels the second gives too
-        auroc, auroc_softmax    whether the peer's p_clean (softmax) ranks the right ones first; if
-                                p_clean is of now (verdict)
+        auroc, auroc_softmax    whether the peer's p_clean (softmax) ranks the right ones first; in
+                                phase 1 (verdict)
     """
     y, clean = lesson                                                   # (2, N) each
     facts = {"kept": clean.double().mean()}
@@ -585,8 +585,9 @@ def finish(job, models, zero=None):
     data.write_results(job, *(v[0] for v in table), zero, crops=job.crops)
     if args.export:
         t = data.export_clip(job, models[0])            # of job.clip_model, from here on
-        job.run.say(f"{args.export} and {args.export}.classes: one model, no b, unit v, no "
-                    f"crops; accuracy {test_accuracy(job, [ZeroShot(t)]) or 'unknown'}")
+        percent = test_accuracy(job, [ZeroShot(t)])
+        job.run.say(f"{args.export} and {args.export}.classes: one model's encoder and W alone, no "
+                    f"crops; accuracy {'unknown' if percent is None else percent}")
 
 
 # ======== main ========
@@ -605,7 +606,7 @@ def adapt(args):
                            enabled=job.amp_dtype is not None, cache_enabled=False)  # --compile
     job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
     job.crops = job.saved["crops"] if args.load else 0.0
-    given = job.saved if args.load else vars(args)
+    given = job.saved or vars(args)
     other = job.full = data.second_clip(args.student or given["student"], clip_model,
                                        given["quick_gelu"])
     if args.load:

@@ -20,13 +20,13 @@ Run:  python coft_plus.py                               the demo, offline; READM
 differently (A8); but one round and gamma 0: on its labels more rounds and the contrast as published
 lost on each world tried (.ci/results.md). In their place (A9): an image encoder that is being
 adapted gathers the images of a class, whatever some of their labels say. So after phase 1, and
-again after a third of phase 2, a label is the class whose Gaussian, in the features, explains the
-image best, times what the model says; the peer's Gaussians, not its V-, call it clean. If after
-phase 1 classes of one size explain the features nearly as well as free ones, they are asked after
-each epoch up to that third; if at that third they do not, (A2) stops. Later epochs add the models'
-own posteriors to the labels' running mean, and in the end the models predict by Gaussians too
-(A11): with few images most is won there. As that asks five crops anyway, their softmax weighs what
-A5 lets; coft.py's crops_tell was worth nothing here.
+again after a third of phase 2, each class gets a Gaussian in the features, and a label is the class
+with the largest density times the model's posterior; the peer's Gaussians, not its V-, call it
+clean. If after phase 1 equally large classes explain the features nearly as well as free ones, the
+Gaussians are asked after each epoch up to that third; if there they explain them worse, (A2) stops.
+Later epochs add the models' own posteriors to the labels' running mean, and in the end the models
+predict by Gaussians too (A11): with few images most is won there. As that asks five crops anyway,
+their softmax weighs what A5 lets; coft.py's crops_tell was worth nothing here.
 
 The paper does not say, so decided here, beyond coft.py: three rounds, gamma 0.1, temperature 0.1,
 mu 0.99 at most, a queue of half an epoch or 16 batches at most; classes without sentences get the
@@ -58,7 +58,7 @@ ADDITIONS = {
     "balance": "A2 labels from posteriors balanced over the classes: guess",
     "fresh":   "A3 labels, and so verdicts, anew each epoch of phase 2: train_phase",
     "adam":    "A4 AdamW, rates relative to the size of words, not SGD: param_groups",
-    "part":    "A5 the encoders go part of the way: few steps or images, labels unlearnt: part_way",
+    "part":    "A5 the models go part of the way: few steps or images, labels unlearnt: part_way",
     "crops":   "A6 the models of phase 2 predict the mean over five crops, as A5 lets: with_crops",
     "third":   "A7 --student learns in a phase 3, from what the models of phase 2 predict: adapt",
     "mix":     "A8 the template is one sentence more; FC layers and a student start there: adapt",
@@ -112,8 +112,8 @@ def labels_of(p, index):
 
 def pseudo_labels(p0, index, C, K):
     """Eq. (1), S*: y = argmax_k p0_k; confident: per class the K images with the largest p0_y. A
-    class that is no image's argmax gets those where its own p0 is largest, min(K, N / C) of them at
-    most. p0, index (N, H) -> y (N,), confident (N,) bool."""
+    class that is no image's argmax gets those where its own p0 is largest, min(K, N / C) at most,
+    but a later such class may take them away. p0, index (N, H) -> y (N,), confident (N,) bool."""
     y = labels_of(p0, index)
     for k in set(range(C)) - set(y.tolist()):
         best = at(p0, index, torch.tensor([k])).topk(min(K, math.ceil(len(y) / C)))
@@ -148,8 +148,8 @@ def complementary_labels(y, C):
 
 
 def with_crops(x, share):
-    """(A6) V = 6 views: the images, then their corners and centres, 0.9 of the sides (the mean of
-    the weak views), scaled up again; V = 1 if share = 0. (B, 3, R, R) -> (V B, 3, R, R)."""
+    """(A6) V = 6 views: the images, then four corners and the centre, 0.9 of each side (the mean of
+    the weak views), scaled up to R; V = 1 if share = 0. (B, 3, R, R) -> (V B, 3, R, R)."""
     if not share:
         return x
     R, device = x.shape[-1], x.device
@@ -246,13 +246,12 @@ class Keys(nn.Module):
 
 class Student(nn.Module):
     """One of the two models of phase 1: V+, V- and the light visual modules. CLIP itself is frozen
-    and shared. args: peft, peft_size, ctx. (A8) shift: from the template's texts to others."""
+    and shared. args: peft, peft_size, ctx. (A8) shift: from the template's texts to t0."""
     def __init__(self, clip_model, class_names, template, args):
         super().__init__()
         self.pos = Prompt(clip_model, class_names, template, args.ctx)
         self.neg = Prompt(clip_model, class_names, template, args.ctx)
-        D = clip_model.visual.output_dim
-        self.register_buffer("shift", torch.zeros(len(class_names), D))
+        self.register_buffer("shift", torch.zeros(len(class_names), clip_model.visual.output_dim))
         self.prompts = self.adapters = None             # one of them, see clip/model.py
         widths = clip_model.visual.adapter_widths       # of its blocks
         if args.peft == "vpt":                                          # VPT-deep, arXiv 2203.12119
@@ -266,8 +265,7 @@ class Student(nn.Module):
         emb = torch.stack([self.pos(), self.neg()])                     # (2, C, T, W)
         shared = 1 + self.pos.ctx.shape[1]                              # <sot> [V_1] ... [V_n]
         t = clip_model.encode_text_embeddings(emb, self.pos.eot, shared)        # (2, C, D)
-        t = F.normalize(t.float(), dim=-1) + self.shift
-        return F.normalize(t, dim=-1).unbind()
+        return F.normalize(F.normalize(t.float(), dim=-1) + self.shift, dim=-1).unbind()
 
     def forward(self, clip_model, x, texts=None):
         """Images (B, 3, R, R), `texts` if they are at hand -> unit features f (B, D), l+ and l-
@@ -288,7 +286,7 @@ class Student(nn.Module):
 class FullModel(nn.Module):
     """Section 3.2.2, Eq. (7): one of the two models of phase 2, a fresh image encoder and an FC
     layer W v + b on its unnormalised features v. W starts at W0 (C, D), the zero-shot texts, (A10)
-    times clip_scale; b at 0. The student of phase 1, frozen, goes on judging."""
+    times clip_scale; b at 0. The student of phase 1, frozen, gives p_clean of new images."""
     def __init__(self, clip_model, W0, student):
         super().__init__()
         self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
@@ -342,8 +340,8 @@ def select_clean(number, p, table):
 
 def total_loss(job, number, l_pos, l_neg, target):
     """Phase 1: Eq. (4) + lam Eq. (6); then: Eq. (7). The mean over the clean images, 0 if there are
-    none. l (B, C), target: y, clean, y_bar, (B,). (A5) takes phase 2's for the mean -log p_y: with
-    another loss leave it out, `--recipe ours-part`."""
+    none. l (B, C), target: y, clean, y_bar, (B,). (A5) reads phase 2's value as a mean -log p_y:
+    with any other kind of loss use `--recipe ours-part`."""
     y, clean, y_bar = target
     loss = loss_cls(l_pos, y)                                                   # (B,)
     if number == 1:
@@ -366,7 +364,7 @@ def start_phase(job, number, students, steps):
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=job.device.type == "cuda")
     else:
         optimizer = torch.optim.SGD(students.parameters(), args.lr1 if number == 1 else args.lr2,
-                                    momentum=0.9, weight_decay=5e-4)            # of what learns
+                                    momentum=0.9, weight_decay=5e-4)    # frozen: no gradient
     Q = args.batch_size * math.ceil(min(16, len(job.dataset.train) / 2 / args.batch_size))
     keys = [Keys(me.visual, Q) for me in students] if number == 2 and args.gamma else []
     return SimpleNamespace(
@@ -439,7 +437,7 @@ def part_way(job, models, steps, loss, power=2):
     for me in models:
         for v, v0 in zip(me.parameters(), FullModel(job.full, job.W0, me.judge).parameters()):
             v.copy_(v0.lerp(v, far))
-    job.run.say(f"{steps} steps, {each:.0f} images a class: the encoders go {100 * far:.0f} % of "
+    job.run.say(f"{steps} steps, {each:.0f} images a class: the models go {100 * far:.0f} % of "
                 "the way")
     return far
 
@@ -471,7 +469,7 @@ def train_phase(job, number, round, students, weak, lesson, table):
         if not first:                                   # and once in the features of phase 1
             table, early = ask_density(job, students, table, 1 / 2, NATS[0])
         asked = range(1 if early else third, third + 1)
-    seen = first - sum(epoch <= first for epoch in asked)       # views are drawn in the others
+    seen = first - sum(epoch <= first for epoch in asked)       # looks so far: none where asked
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(weak), epoch=seen, seed=4 * args.seed + number + 1000 * round)
     for epoch in range(first, epochs):
@@ -493,9 +491,9 @@ def train_phase(job, number, round, students, weak, lesson, table):
             run.rows.append(train_step(job, phase, batches, y, clean))
         means = run.means(f"--lr{min(number, 2)}")
         loss = means["loss"]
-        n = epoch + 1 if "views" in job.added else 0    # (A1) running means of the epochs
-        rate = 1 / (n + 1), verdict / max(1, n)         # of p, where the first table counts as one,
-                                                        # and of p_clean: 1 replaces, 0 keeps
+        n = epoch + 1 if "views" in job.added else 0    # (A1) looks in the running mean so far
+        rate = 1 / (n + 1), verdict / max(1, n)         # weight of this look in p (the first table
+                                                        # is one too), in p_clean (later 0: stays)
         if epoch + 1 in asked:
             table, even = ask_density(job, phase.students, table, rate[0], NATS[1])
             if epoch + 1 == third and "balance" in job.added and not even:
@@ -512,13 +510,13 @@ def train_phase(job, number, round, students, weak, lesson, table):
     if number > 1:
         far = 1.0
         if "part" in job.added:                         # (A5); phase 3's labels are trusted: loss 0
-            power = 4 if "head" in job.added else 2     # (A11) needs little training
+            power = 4 if "head" in job.added else 2     # (A11) makes up for what is not learnt
             far = part_way(job, phase.students, phase.step, loss if number == 2 else 0.0, power)
         job.crops = far * ("crops" in job.added)        # (A6) as far as they have left CLIP
         enough = len(images) > FEW * len(job.dataset.class_names)
-        if enough and "head" in job.added:              # few images: Gaussians of next to no width
+        if enough and "head" in job.added:              # from fewer no Gaussian can be fitted
             fit_head(job, phase.students, table.index)                          # (A11)
-            job.crops = max(job.crops, 1e-9)            # it asks five crops, whatever they weigh
+            job.crops = max(job.crops, 1e-9)            # not 0: its features are means over crops
     return table, phase.students
 
 
@@ -606,8 +604,8 @@ def features(job, model, index):
 
 
 def ask_density(job, models, table, rate, nats):
-    """The table after the Gaussians' word: p moves towards their posterior at `rate`, p_clean is
-    theirs. And whether both models' classes were held to the same size: see by_density."""
+    """The table after the Gaussians were asked: p moves towards their posterior at `rate`, p_clean
+    is it. And whether both models' classes were held to the same size: see by_density."""
     C, nats = len(job.dataset.class_names), nats if "balance" in job.added else -math.inf
     q, held, _ = zip(*(by_density(q, index, *features(job, me, index), C, nats)
                        for me, q, index in zip(models, table.p, table.index)))
@@ -674,9 +672,8 @@ def predict(job, models, loader, verdict=True, before=None, rate=(1.0, 1.0), top
                 now = posterior(me, v, l_pos, len(i), crops)                    # (B, C)
                 if verdict and me is not judge:
                     _, l_pos, l_neg = judge(job.clip_model, x, t)
-            clean = torch.ones_like(now)
-            if verdict:
-                clean = over_views(log_p_clean(l_pos, l_neg)[0].exp(), len(i), crops)
+            clean = (over_views(log_p_clean(l_pos, l_neg)[0].exp(), len(i), crops) if verdict
+                     else torch.ones_like(now))
             says.append(torch.stack([now, clean]).cpu())
         says = torch.stack(says)                                                # (M, 2, B, C)
         for m, new in enumerate(says.mean(dim=0, keepdim=True) if mean else says):
@@ -702,10 +699,10 @@ def diagnostics(table, lesson, verdict, y_true):
     """How good the filter is, means over both models. Of the labels just learnt from:
         kept                    the share that is clean
         unfiltered, precision   how many are right: of all, of the clean ones
-    Of those that each model would give now (before A2):
+    Of those that the table would give now (before A2):
         shared_errors           how many of the first one's wrong labels the second gives too
-        auroc, auroc_softmax    whether the peer's p_clean (softmax) ranks the right ones first; if
-                                p_clean is of now (verdict)
+        auroc, auroc_softmax    whether the peer's p_clean (softmax) ranks the right ones first; in
+                                phase 1 (verdict)
     """
     y, clean = lesson                                                   # (2, N) each
     facts = {"kept": clean.double().mean()}
@@ -763,8 +760,9 @@ def finish(job, models, zero=None):
     data.write_results(job, *(v[0] for v in table), zero, crops=job.crops)
     if args.export:
         t = data.export_clip(job, models[0])            # of job.clip_model, from here on
-        job.run.say(f"{args.export} and {args.export}.classes: one model, no b, unit v, no "
-                    f"crops; accuracy {test_accuracy(job, [ZeroShot(t)]) or 'unknown'}")
+        percent = test_accuracy(job, [ZeroShot(t)])
+        job.run.say(f"{args.export} and {args.export}.classes: one model's encoder and W alone, no "
+                    f"crops; accuracy {'unknown' if percent is None else percent}")
 
 
 # ======== main ========
@@ -808,7 +806,7 @@ def adapt(args):
                            enabled=job.amp_dtype is not None, cache_enabled=False)  # --compile
     job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
     job.crops = job.saved["crops"] if args.load else 0.0
-    given = job.saved if args.load else vars(args)
+    given = job.saved or vars(args)
     other = job.full = data.second_clip(args.student or given["student"], clip_model,
                                        given["quick_gelu"])
     if args.load:
@@ -851,7 +849,8 @@ def adapt(args):
             students = nn.ModuleList(Student(clip_model, names, dataset.templates[0], args)
                                      for _ in range(2)).to(job.device)
             if "mix" in added:                          # (A8) students that err differently
-                students[1].shift.copy_(t0 - clip.zeroshot_classifier(clip_model, prompts))
+                template = [texts[:1] for texts in prompts]             # where a student starts
+                students[1].shift.copy_(t0 - clip.zeroshot_classifier(clip_model, template))
             lesson = next_labels(job, table)            # (2, N) each; --resume has others
         done = run.state and (run.state["phase"], run.state["round"]) > (number, round)
         if done or number > 1 and not args.epochs2:

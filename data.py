@@ -61,6 +61,7 @@ ENSEMBLE = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo
             "a {} in a video game.", "art of the {}.", "a photo of the small {}.")  # CLIP's best 7
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif",
               ".jfif")
+UNREAD = ".heic", ".heif", ".avif"              # a phone's, which are warned of and skipped
 SPLITS = ("train", "test", "val", "valid", "validation")
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")      # no EPS: Pillow would run it
 MOST_OPENED = 200_000           # with more images than that, none is opened before it is needed
@@ -524,7 +525,7 @@ def list_images(root, base=""):
         if "args.json" in names:                        # a run folder
             names, folders[:] = [], []
         files += [f"{inside}/{name}".removeprefix("./") for name in names
-                  if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+                  if name.lower().endswith(EXTENSIONS + UNREAD) and not name.startswith(".")]
     return sorted(files)
 
 
@@ -667,8 +668,8 @@ def listed_classes(classes):
         return None
     if not os.path.isfile(classes) and "," not in classes:
         raise DataError(f"--classes {classes}: neither a file nor a list a,b,c (of one: a,)")
-    names = read_text(classes).split("\n") if os.path.isfile(classes) else classes.split(",")
-    return check_classes([c for c in names if c.strip()])
+    text = read_text(classes).strip() if os.path.isfile(classes) else classes
+    return check_classes([c for c in text.split("\n" if "\n" in text else ",") if c.strip()])
 
 
 def check_classes(names):
@@ -763,6 +764,9 @@ def setup(args, settings={}):
     for flag, values in settings.items():
         if getattr(args, flag, None) is None:
             setattr(args, flag, values[clip_model.visual.output_dim >= 512])
+    root = dataset.train.root
+    if root and os.path.isdir(args.out) and os.path.samefile(args.out, root):
+        raise DataError(f"--out {args.out} is the folder of the images")
     run = args.run = Run(args.out, {**vars(args), "dataset": dataset.description}, args.resume)
     run.say(dataset.description)
     plain, *_ = views = transforms(clip_model.visual.input_resolution)
@@ -1048,7 +1052,7 @@ class Run:
 
     def save(self, name, content):
         with replacing(self.out / name) as file:
-            torch.save(content, file)
+            torch.save(content, file.name)              # by name: Ctrl-C does not spoil a write
 
     def log(self, **line):
         self.lines += [line] if line else []

@@ -5,13 +5,13 @@ labels ("PLL"; eight are here) trains a prompt, and degrades as the sets grow. T
 the prompt must also agree with a mix of the hand-crafted prompt's posterior and its own, within the
 candidates. CLIP is frozen.
 
-    f = encode(A views of the images)                       once, for all that follows
+    f = encode(A views of the images)                       --passes times, before all else
     l, l_hand = tau f.t(prompt), tau f.t_hand               t: texts of the classes
     c = table[i]                                            how far each candidate is believed
     pll = pll_loss(objective, l, S, c, lam)                 PiCO has also Eq. 9         Eq. 3-8
     align = loss_weighted(l, mixed_posterior(l, l_hand, S, alpha))   alpha: 1 -> 0      Eq. 10, 5
     loss = pll + balance(pll, align) * align                both are equally large      Eq. 11
-    table[i] = confidence(objective, l, S)                  only the rows of the batch  Eq. 2
+    table[i] = confidence(objective, l, S)                  RC, PRODEN, LWS, CRDPLL     Eq. 2
 
 This is `--teacher dynamic`. How much it helps depends on objective and sets: tens of points, or
 less than nothing. The default adds logits, not losses, of several prompts: one learns from `align`
@@ -162,9 +162,9 @@ def helps(l, S):
 
 
 def follow_clip(p, S):
-    """Whether the candidates are CLIP's own likely mistakes: of each image the half of the classes
-    that it finds least likely enters sets less than 3/4 as often as wrong classes do on average
-    (were they drawn uniformly: just as often). p, S (N, C)."""
+    """Whether the candidates are CLIP's own likely mistakes: the classes that CLIP finds least
+    likely, half of them in each image, enter its set less than 3/4 as often as wrong classes do on
+    average (drawn uniformly: about as often). p, S (N, C)."""
     known = ~S.all(dim=1)                               # full sets say nothing
     C, p, S = S.shape[1], p[known], S[known]
     size = S.sum(dim=1).double().mean()
@@ -202,7 +202,8 @@ class Prompts(nn.Module):
         emb = self.emb.expand(M, -1, -1, -1)                            # (M, C, T, W)
         ctx = self.ctx[:, None].expand(-1, len(self.emb), -1, -1)       # (M, C, L, W)
         emb = torch.cat([emb[:, :, :1], ctx, emb[:, :, 1 + L:]], dim=2)
-        return F.normalize(clip_model.encode_text_embeddings(emb, self.eot, 1 + L), dim=-1)
+        t = clip_model.encode_text_embeddings(emb, self.eot, 1 + L)
+        return F.normalize(t.float(), dim=-1)
 
     def forward(self, clip_model):
         """-> t (C, D)."""
@@ -258,14 +259,14 @@ def logits(job, texts, f):
     """l = tau f.t, in fp32 whatever the precision of CLIP's. texts: `Prompts`, f (..., D) ->
     (..., C); or their `each`, f (A, B, D) -> (M, A, B, C)."""
     with job.autocast():
-        t = texts(job.clip_model).float().mT                                    # (..., D, C)
+        t = texts(job.clip_model).mT                                            # (..., D, C)
     return job.tau * f @ (t if t.dim() == 2 else t[:, None])
 
 
 class Learner(nn.Module):
     """The prompts, their optimiser for so many steps, the candidate sets and their confidences
-    (N, C). weights: of the aligned prompt, CC's and the objective's (two if that is CC, or if the
-    sets are not trusted), or of one that is all."""
+    (N, C). weights of the prompts in the prediction: [aligned, CC's, the objective's]; two of them
+    if that is CC, or if the sets are not trusted (no CC); [1] if one prompt is all."""
     def __init__(self, job, sets, steps, weights):
         super().__init__()
         objective, names = job.args.objective, job.dataset.class_names
@@ -286,15 +287,15 @@ class Learner(nn.Module):
 
 
 def pico_step(learner, epoch, progress, f, i, l, S):
-    """PiCO's part of a step: moves the confidences towards the nearest prototype, then queue and
-    prototypes; returns the loss of its head. f (A, B, D), i (B,), l (A, B, C), S (B, C)."""
+    """PiCO's part of a step: moves the confidences towards the candidate of the nearest prototype,
+    then queue and prototypes; returns the loss of its head. f (A, B, D), i (B,), l (A, B, C), S."""
     contrast, table = learner.contrast, learner.table
     z = F.normalize(contrast.head(f[0]), dim=1)                                 # (B, d)
     key = F.normalize(contrast.slow_head(f[1]), dim=1)                          # (B, d)
     y = masked_softmax(l[0], S).argmax(dim=1)                                   # (B,)
     keys, y_keys = torch.cat([key, contrast.keys]), torch.cat([y, contrast.y_keys])
     loss = 0.5 * loss_contrastive(z, y, keys, y_keys)
-    if epoch > 0:                                       # in the first there are no prototypes yet
+    if epoch > 0:                                       # the first epoch only builds prototypes
         cosine = z @ contrast.prototypes.T                                      # (B, C)
         cosine = cosine.masked_fill(~contrast.prototypes.any(dim=1), -2.0)      # without one: last
         nearest = F.one_hot(masked_softmax(cosine, S).argmax(dim=1), S.shape[1])    # (B, C)
@@ -322,7 +323,7 @@ def train_step(job, learner, epoch, progress, f, i):
         align = loss_weighted(l_align[0], mixed_posterior(l_align[0], l_hand, S, alpha))
         w = balance(pll, align) if len(each) == 1 else 1.0
         loss = pll + w * align
-        if learner.trusts_sets:                         # CC, to the aligned prompt and its own
+        if learner.trusts_sets:                         # CC: the aligned prompt, CC's own
             loss = loss + sum(loss_cc(l_m[0], S) for l_m in each[:-1])
         shown |= {"align": align.detach(), "w": w, "alpha": alpha}
     learner.optimizer.zero_grad()
@@ -352,7 +353,7 @@ def train(job, passes, sets, weights, trial=False):
     first = run.restore(parts)["epoch"] if run.state else 0                     # --resume
     for epoch in range(first, epochs):
         rng = torch.Generator().manual_seed((args.seed * 1_000_003 + epoch) % 2**63)
-        torch.randint(2**62, (N,), generator=rng)       # the seeds that data.EpochSampler draws
+        torch.randint(2**62, (N,), generator=rng)       # as data.EpochSampler: the same order
         batches = torch.randperm(N, generator=rng)[:N - N % B].split(B)         # (B,) each
         done = epoch * (N // B)                         # steps before this epoch
         taken = run.steps(batches, B, f"epoch {epoch + 1}/{epochs}", steps - done)
@@ -367,9 +368,9 @@ def train(job, passes, sets, weights, trial=False):
 
 
 def choose_weights(job, passes, sets):
-    """The weights of the prompts, see Learner: [1] Eq. 11; [1, 0] the aligned one alone; [1/2, 1/2]
-    it and CC's; then the objective's left out, or in: if it `helps` to explain a fifth of the sets
-    (N, C), for prompts that learnt from the others."""
+    """The weights of the prompts, see Learner: [1] Eq. 11, or no alignment; [1, 0] only the aligned
+    one counts; [1/2, 1/2] it and CC's; else three, the objective's with 1/3, or 0: whether it
+    `helps` to explain a fifth of the sets (N, C), for prompts that learnt from the others."""
     args, run = job.args, job.run
     if not args.align or args.teacher != "evidence":
         return [1.0]
@@ -445,6 +446,8 @@ def read_candidates(path, images, class_names):
     for where, image, cells in candidate_rows(path, classes_of):
         if not cells:
             raise data.DataError(f"{where}: expected at least one candidate class")
+        elif len(set(cells)) < len(cells) and not any(map(classes_of, cells)):  # an index twice
+            raise data.DataError(f"{where}: expected an image's classes, not a column per class")
         found = indices.get(nfc(image.replace("\\", "/").removeprefix("./")), [])
         for cell in cells:
             chosen = classes_of(cell)
@@ -557,7 +560,7 @@ def adapt(args):
     index = torch.arange(len(names)).expand(p0_test.shape)                      # (N, C)
     if args.load:
         with job.autocast():
-            t = Adapted(job.saved, clip_model).t.float()                        # (C, D)
+            t = Adapted(job.saved, clip_model).t                                # (C, D)
         p = posterior(job, job.f_test, t)                                       # (N, C)
         return data.write_results(job, p, p0_test, index, zero_shot)
 

@@ -782,9 +782,12 @@ def test_folders(tmp_path, capsys):
 def test_flat_folder(tmp_path):
     root, names = tmp_path / "photos", ["2023/01/a.jpg", "2024/c.jfif", "IMG 0.jpg", "x.jpg"]
     draw(root, [*names, "runs/1/pseudo_labels.png"])    # 2023/ and 2024/ are no classes
+    written(root / "IMG_1.HEIC", "a phone's")
     written(root / "runs" / "1" / "args.json", "")      # and a run's own pictures no data
     written(file := tmp_path / "c.txt", "\ufefflong_haired cat\r\n\r\nhot dog\r\n")
-    for classes, want in ((str(file), ["long haired cat", "hot dog"]), (" a, b,", ["a", "b"])):
+    written(line := tmp_path / "line.txt", "cat, hot_dog\n")
+    for classes, want in ((str(file), ["long haired cat", "hot dog"]), (" a, b,", ["a", "b"]),
+                          (str(line), ["cat", "hot dog"])):
         d = data.load(root, classes)
         assert d.class_names == want and d.train is d.test
         assert d.train.names == names and d.train.y_true is None
@@ -1574,6 +1577,8 @@ def test_user_errors(drawn, little, tmp_path, capsys, monkeypatch):
         assert said.startswith("error: ") and says in said.splitlines()[0], said
         assert not (tmp_path / "out").exists()          # and nothing is left behind
     assert run("photos", "--student", "absent.pt") == 2         # nor is what was there taken away
+    assert run("photos", "--data", "./photos", "--classes", "cat,dog", "--arch", "tiny") == 2
+    assert "--out photos is the folder of the images" in capsys.readouterr().err
     assert len(os.listdir("photos")) == 100
     assert coft.parse([]).out == "runs/coft-1"
     (tmp_path / "runs" / "coft-1").mkdir(parents=True)
@@ -2255,6 +2260,8 @@ def test_a_path_says_which(tmp_path):
     ("path,class\n\ncat/1.jpg, ", "f.csv line 3: expected at least one candidate class"),
     ("image,Beagle,bengal_cat\ncat/1.jpg,0,1", "f.csv: expected an image's classes, not a column "
      "per class"),
+    ("file,is_cat,is_dog,is_fox\ncat/1.jpg,1,0,0", "f.csv line 2: expected an image's classes, not "
+     "a column per class"),
     ("cat/1.jpg,3", "f.csv line 1: expected a class or 0 to 2, got 3"),
     ('cat/1.jpg,"x', "f.csv line 1: expected a class or 0 to 2, got x"),
     ("", "f.csv: expected images like cat/1.jpg, found none of them"),
