@@ -767,7 +767,9 @@ def setup(args, settings={}):
     root = dataset.train.root
     if root and os.path.isdir(args.out) and os.path.samefile(args.out, root):
         raise DataError(f"--out {args.out} is the folder of the images")
-    run = args.run = Run(args.out, {**vars(args), "dataset": dataset.description}, args.resume)
+    names = "\n".join(dataset.train.names).encode(errors="backslashreplace")
+    found = f"{dataset.description}, files {hashlib.sha256(names).hexdigest()[:8]}"
+    run = args.run = Run(args.out, {**vars(args), "dataset": found}, args.resume)
     run.say(dataset.description)
     plain, *_ = views = transforms(clip_model.visual.input_resolution)
     run.say(cache_pixels(dataset, views, args.cache))

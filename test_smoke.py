@@ -1546,6 +1546,10 @@ def test_unlabelled_folder(drawn, tmp_path, capsys):
     assert [row[0] for row in rows[1:]] == [f"{i:03d}.png" for i in range(100)]
     assert lines[-1]["accuracy"] is None and lines[-1]["zero_shot"] is None
     assert all("precision" not in line and "auroc" not in line for line in lines)
+    (tmp_path / "photos" / "099.png").rename(tmp_path / "photos" / "00.png")    # the first now
+    assert run(tmp_path / "out", "--data", tmp_path / "photos", "--classes",
+               tmp_path / "classes.txt", *FOLDER, "--resume") == 2
+    assert "--resume: this run was begun with --dataset" in capsys.readouterr().err
 
 
 def test_user_errors(drawn, little, tmp_path, capsys, monkeypatch):
