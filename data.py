@@ -609,7 +609,7 @@ def load(path, classes=None, template=None, adapted=None):
         if not (names or classes):
             raise DataError(f"{path}: no names of classes: give --classes, or class folders")
         names = wordnet_names(names or classes, root)
-    names = by_name_of(names, classes, parts) if classes else check_classes(names)
+    names = by_name_of(names, classes, parts, path) if classes else check_classes(names)
     train, test = parts
     if train.pictures is None and len(train) + len(test) <= MOST_OPENED:
         train = readable(train)
@@ -681,12 +681,12 @@ def check_classes(names):
     return names
 
 
-def by_name_of(names, wanted, parts):
+def by_name_of(names, wanted, parts, path):
     """The classes of --classes or of a model, which the labels of the images then count in.
     DataError if the images have others."""
     found = [meant(name, wanted) for name in names]
     if others := [name for name, some in zip(names, found) if not some]:
-        raise DataError(f"neither --classes nor a model has: {', '.join(others[:20])}")
+        raise DataError(f"{path}: neither --classes nor a model has: {', '.join(others[:20])}")
     order = torch.tensor([k if k in some else some[0] for k, some in enumerate(found)])
     for images in set(parts):                           # of two `missile` each stays itself
         images.y_true = None if images.y_true is None else order[images.y_true]
