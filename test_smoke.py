@@ -971,6 +971,17 @@ def test_predictions_and_replacing(tmp_path):
         assert path.read_text(encoding="utf-8") == before
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs a timer's signal")
+def test_ctrl_c_in_a_write(tmp_path):
+    run, content = SimpleNamespace(out=tmp_path), [torch.rand(2**20) for _ in range(64)]
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.02)          # of a tenth of a second and more
+    with pytest.raises(KeyboardInterrupt):              # and no DataError of a disk that is full
+        data.Run.save(run, "last.pt", content)
+    signal.signal(signal.SIGALRM, before)
+    assert not (tmp_path / "last.pt").exists()
+
+
 def test_pseudo_label_sheet(tmp_path):
     y, names = torch.arange(40) % 10, list("abcdefghij")
     images = data.Images([""] * 40, y, pictures=[Image.new("RGB", (9, 9), "red")] * 40)
