@@ -5,7 +5,7 @@ labels ("PLL"; eight are here) trains a prompt, and degrades as the sets grow. T
 the prompt must also agree with a mix of the hand-crafted prompt's posterior and its own, within the
 candidates. CLIP is frozen.
 
-    f = encode(A views of the images)                       --passes times, before all else
+    f = encode(A views of the images)                       --passes times, before training
     l, l_hand = tau f.t(prompt), tau f.t_hand               t: texts of the classes
     c = table[i]                                            how far each candidate is believed
     pll = pll_loss(objective, l, S, c, lam)                 PiCO has also Eq. 9         Eq. 3-8

@@ -1910,13 +1910,14 @@ def test_plus_run_folder(little, tmp_path, capsys, monkeypatch):
     assert run(tmp_path / "gone", "--prompts", "gone.json", script=coft_plus) == 2
     assert "gone.json" in capsys.readouterr().err
     assert run(tmp_path / "ours", "--prompts", "mine.json", "--recipe", "ours", "--max-steps", 1,
-               script=coft_plus) == 0
+               "--template", "ensemble", script=coft_plus) == 0
     model = coft_plus.load(tmp_path / "ours" / "model.pt")              # (A8)
-    texts = [[f"a photo of a {c}.", f"a drawing of a {c}"] for c in shapes.SHAPES]
-    with_template, template = (clip.zeroshot_classifier(model.clip_model, some)
-                               for some in (texts, [pair[:1] for pair in texts]))
+    texts = [[t.format(c) for t in (PHOTO, *data.ENSEMBLE, "a drawing of a {}")]
+             for c in shapes.SHAPES]
+    t0, start = (clip.zeroshot_classifier(model.clip_model, some)
+                 for some in (texts, [row[:1] for row in texts]))       # prompts start at PHOTO's
     assert not model.models[0].judge.shift.any()
-    torch.testing.assert_close(model.models[1].judge.shift, with_template - template)
+    torch.testing.assert_close(model.models[1].judge.shift, t0 - start)
 
 
 # ======== prompt_align.py ========
