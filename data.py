@@ -11,7 +11,8 @@ Layouts, tried in this order (`python data.py PATH` prints which one it took):
                              (say ./oxford_pets) is not there, torchvision downloads it (not Cars)
 4. `train/` + `test|val/`    each with a folder per class (labelled) or with images (unlabelled)
 5. a folder per class        a fifth of the images, chosen by a hash of the paths, is the test set
-6. images and `--classes`    unlabelled, in sub-folders too: training and test set are the same
+6. images and `--classes`    unlabelled, in sub-folders too, or a single file: training and test
+                             set are the same
 
 Label firewall: `Images.view(...)`, which training reads, holds no labels. `Images.y_true` is for
 accuracy and diagnostics, and where a flag asks for labels: --shots, candidate sets."""
@@ -599,6 +600,9 @@ def load(path, classes=None, template=None, adapted=None):
         elif known.kind and known.parts and root.name == known.folders[-1] and not (
                 root / "test").is_dir():                # the user's own so called
             text, names, *parts = read_torchvision(root, known)
+        elif root.is_file():
+            text, names, photo = "one image", None, Images([root.name], None, root.parent)
+            parts = [photo, photo]
         else:
             text, names, *parts = read_folders(root, known, classes, not adapted)
             used = {*parts[0].names, *parts[1].names}
@@ -624,9 +628,11 @@ def load(path, classes=None, template=None, adapted=None):
 
 
 def locate(root):
-    """The folder of --data; a data set that is not there is downloaded by torchvision beside it."""
+    """The folder, or image, of --data; a data set that is not there torchvision downloads."""
     known = by_name(root.name)
     home = root.parent / (known.folders[-1] or root.name)
+    if root.is_file() and root.name.lower().endswith(EXTENSIONS + UNREAD):
+        return root
     if root.is_dir():                                   # where ./mnist is ./MNIST: the latter
         return home if home.is_dir() and home.samefile(root) else root
     if not (known.kind and root.parent.is_dir()):
@@ -700,7 +706,7 @@ def add_common(parser, script, batch_size, what="images per step, of all process
     add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
     free = next(out for n in itertools.count(1) if not os.path.exists(out := f"runs/{script}-{n}"))
     parser.set_defaults(script=script)                  # which --resume compares
-    add("--data", default="demo", help="folder of images, see data.py, or demo[:STYLE] (demo)")
+    add("--data", default="demo", help="folder of images, see data.py; or demo[:STYLE] (demo)")
     add("--classes", help="class names: a,b,c or a file with one per line")
     add("--template", help="prompt with {} for the class name, or `ensemble`: eight of them")
     add("--arch", help="tiny, ViT-B/16, RN50, ...; default: tiny for the demo, else ViT-B/16")
@@ -709,7 +715,7 @@ def add_common(parser, script, batch_size, what="images per step, of all process
     add("--quick-gelu", help="the weights' activation; default: what the file says, else yes; "
         "--no-quick-gelu for most that were trained on LAION", **switch)
     add("--load", metavar="FILE", help="a run's model.pt: no training, classifies --data")
-    add("--out", default=free, help="run folder (%(default)s)")
+    add("--out", default=free, type=os.path.expanduser, help="run folder (%(default)s)")
     add("--seed", type=int, default=0, help="of all that is random (%(default)s)")
     add("--device", help="cuda, cuda:1, mps, cpu; default: the best there is")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
@@ -1154,7 +1160,8 @@ def pseudo_label_sheet(path, images, class_names, y, score):
             (120 + 8 * cell, "called wrong, worst first", score <= 0.5, score.argsort())):
         pen.text((x0, 3), title, "black")
         for k, name in enumerate(class_names[:40]):
-            pen.text((4, 40 + k * cell), name[:17], "black")
+            letters = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+            pen.text((4, 40 + k * cell), letters[:17], "black")     # Pillow's font has no accents
             best = order[((y == k) & chosen)[order]][:8]                        # (<= 8,)
             for j, i in enumerate(best.tolist()):
                 picture = ImageOps.fit(images.image(i), (cell - 2, cell - 2))

@@ -791,6 +791,9 @@ def test_flat_folder(tmp_path):
         d = data.load(root, classes)
         assert d.class_names == want and d.train is d.test
         assert d.train.names == names and d.train.y_true is None
+    d = data.load(root / "IMG 0.jpg", "a,b")            # one photo
+    assert d.train is d.test and d.train.names == ["IMG 0.jpg"] and d.train.y_true is None
+    assert "IMG_1.HEIC" in refuses(root / "IMG_1.HEIC", "a,b")
     for classes, says in ((None, "give --classes"), ("clases.txt", "neither a file nor a list"),
                           ("", "neither"), (",", "must be given"), ("a b,A_b", "all different")):
         assert says in refuses(root / "2024", classes)
@@ -990,6 +993,11 @@ def test_pseudo_label_sheet(tmp_path):
         data.pseudo_label_sheet(tmp_path / "x.png", images, names, y, torch.full((40,), clean))
         sheet = Image.open(tmp_path / "x.png").convert("L")
         assert sheet.crop(empty).getextrema() == (255, 255) > sheet.crop(full).getextrema()
+    bytes_of = []
+    for name in ("Hütte", "Hutte"):                     # accents are no boxes
+        data.pseudo_label_sheet(tmp_path / "x.png", images, [name], 0 * y, torch.ones(40))
+        bytes_of.append((tmp_path / "x.png").read_bytes())
+    assert bytes_of[0] == bytes_of[1]
 
 
 def test_command(tmp_path, monkeypatch):
