@@ -1606,6 +1606,7 @@ def test_user_errors(drawn, little, tmp_path, capsys, monkeypatch):
     assert coft.parse([]).out == "runs/coft-1"
     (tmp_path / "runs" / "coft-1").mkdir(parents=True)
     assert coft.parse([]).out == "runs/coft-2"          # never into a run that is there
+    assert coft.parse(["--out=~/run"]).out == os.path.expanduser("~/run")
 
 
 def test_mirrored_or_not(little, tmp_path, capsys):
