@@ -706,7 +706,8 @@ def add_common(parser, script, batch_size, what="images per step, of all process
     add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
     free = next(out for n in itertools.count(1) if not os.path.exists(out := f"runs/{script}-{n}"))
     parser.set_defaults(script=script)                  # which --resume compares
-    add("--data", default="demo", help="folder of images or one image, see data.py, or demo[:STYLE]")
+    add("--data", default="demo", help="folder of images, see data.py, or one image, or "
+        "demo[:STYLE] (%(default)s)")
     add("--classes", help="class names: a,b,c or a file with one per line")
     add("--template", help="prompt with {} for the class name, or `ensemble`: eight of them")
     add("--arch", help="tiny, ViT-B/16, RN50, ...; default: tiny for the demo, else ViT-B/16")
