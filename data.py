@@ -702,9 +702,8 @@ def by_name_of(names, wanted, parts, path):
 # ---- shared by the scripts: flags and CLIP ----
 
 def add_common(parser, script, batch_size, what="images per step, of all processes"):
-    """The flags that all scripts share. --out is the first free folder unless given."""
+    """The flags that all scripts share."""
     add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
-    free = next(out for n in itertools.count(1) if not os.path.exists(out := f"runs/{script}-{n}"))
     parser.set_defaults(script=script)                  # which --resume compares
     add("--data", default="demo", help="folder of images, see data.py, or one image, or "
         "demo[:STYLE] (%(default)s)")
@@ -716,7 +715,8 @@ def add_common(parser, script, batch_size, what="images per step, of all process
     add("--quick-gelu", help="the weights' activation; default: what the file says, else yes; "
         "--no-quick-gelu for most that were trained on LAION", **switch)
     add("--load", metavar="FILE", help="a run's model.pt: no training, classifies --data")
-    add("--out", default=free, type=os.path.expanduser, help="run folder (%(default)s)")
+    add("--out", type=os.path.expanduser, help=f"run folder; default: the first free one of "
+        f"runs/{script}-1, -2, ...")
     add("--seed", type=int, default=0, help="of all that is random (%(default)s)")
     add("--device", help="cuda, cuda:1, mps, cpu; default: the best there is")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
@@ -729,6 +729,15 @@ def add_common(parser, script, batch_size, what="images per step, of all process
         "zero-shot posteriors less than cropping does", **switch)
     add("--max-steps", type=int, help="stop (each phase) there, to try things out")
     add("--resume", default=False, help="continue the run in --out", **switch)
+
+
+def free_folder(script):
+    """Makes and returns the first free one of runs/SCRIPT-1, -2, ...; runs that begin at once get
+    one each."""
+    for n in itertools.count(1):
+        with suppress(FileExistsError):
+            os.makedirs(out := f"runs/{script}-{n}")
+            return out
 
 
 def on_disk(name):
@@ -772,7 +781,11 @@ def setup(args, settings={}):
         if getattr(args, flag, None) is None:
             setattr(args, flag, values[clip_model.visual.output_dim >= 512])
     root = dataset.train.root
-    if root and os.path.isdir(args.out) and os.path.samefile(args.out, root):
+    if args.out is None and args.resume:
+        raise DataError(f"--resume: give the run's folder, as --out runs/{args.script}-1")
+    elif args.out is None:
+        args.out = broadcast_from_rank0(free_folder, args.script)
+    elif root and os.path.isdir(args.out) and os.path.samefile(args.out, root):
         raise DataError(f"--out {args.out} is the folder of the images")
     names = "\n".join(dataset.train.names).encode(errors="backslashreplace")
     found = f"{dataset.description}, files {hashlib.sha256(names).hexdigest()[:8]}"
@@ -983,7 +996,6 @@ def command_line(adapt, args):
             gpu = torch.cuda.is_available() and args.device != "cpu"
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo",
                                     timeout=timedelta(days=1))  # the first one may download
-            args.out = broadcast_from_rank0(str, args.out)      # a free folder for all
         if rank() > 0:                                  # the first one speaks
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
         if args.batch_size % n:
@@ -998,7 +1010,7 @@ def command_line(adapt, args):
         says = f"error: out of GPU memory: begin anew with --batch-size < {args.batch_size}"
     except KeyboardInterrupt:
         status, says = 130, "stopped"
-        if (Path(args.out) / "args.json").exists():
+        if args.out and (Path(args.out) / "args.json").exists():
             says += f"; --resume --out {args.out} goes on after the last epoch"
     if status == 2 and "run" in args:
         args.run.undo()

@@ -1603,9 +1603,10 @@ def test_user_errors(drawn, little, tmp_path, capsys, monkeypatch):
     assert run("photos", "--data", "./photos", "--classes", "cat,dog", "--arch", "tiny") == 2
     assert "--out photos is the folder of the images" in capsys.readouterr().err
     assert len(os.listdir("photos")) == 100
-    assert coft.parse([]).out == "runs/coft-1"
     (tmp_path / "runs" / "coft-1").mkdir(parents=True)
-    assert coft.parse([]).out == "runs/coft-2"          # never into a run that is there
+    assert data.free_folder("coft") == "runs/coft-2"    # never into a run that is there
+    assert os.listdir("runs/coft-2") == [] and data.free_folder("coft") == "runs/coft-3"
+    assert coft.main(["--resume"]) == 2 and "--out runs/coft-1" in capsys.readouterr().err
     assert coft.parse(["--out=~/run"]).out == os.path.expanduser("~/run")
 
 
