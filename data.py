@@ -1145,6 +1145,8 @@ def write_results(job, p, p_clean, index, zero_shot, **facts):
     p, p_clean (N, H): softmax of the test images and their p_clean, for the classes index."""
     run, test, names = job.run, job.dataset.test, job.dataset.class_names
     y = write_predictions(run.out / "predictions.csv", test.names, names, p, p_clean, index)
+    if len(y) == 1:                                     # --data photo.jpg
+        run.say(f"{test.names[0]}: {names[y[0]]}")
     run.say(f"results in {run.out}")
     run.report(zero_shot=zero_shot, accuracy=accuracy(y, test.y_true), **facts)
     write_report(run, test, names, p, index)

@@ -2432,8 +2432,10 @@ def test_load(little, drawn, tmp_path, capsys, monkeypatch, script):
         assert len(found) == 51                         # all of them, without a split
         assert all(class_of[f"test/{row[0][-9:]}"] == row[1] for row in found[1:])
         assert epochs_of(tmp_path / f"of-{folder}")[-1]["accuracy"] == accuracy
+    assert go("of-photo", "--load", file, "--data", tmp_path / "flat" / "00000.png") == 0
+    assert f"\n00000.png: {class_of['test/00000.png']}\n" in capsys.readouterr().out
 
-    capsys.readouterr()                                 # mistakes: one line each
+    # mistakes: one line each
     saved = torch.load(file, weights_only=True)
     torch.save({**saved, "script": "other"}, tmp_path / "other.pt")
     (tmp_path / "cut.pt").write_bytes(file.read_bytes()[:900])
