@@ -51,13 +51,13 @@ from torchvision.transforms.functional import five_crop
 import clip
 import data
 
-# What `--recipe ours` adds to the paper or does otherwise, and where. `ours-fresh` leaves one out,
-# `paper+views+balance` adds two.
+# What `--recipe ours` adds to the paper or does otherwise, beside SETTINGS, and where. `ours-fresh`
+# leaves one out, `paper+views+balance` adds two.
 ADDITIONS = {
     "views":   "A1 labels from posteriors averaged over weak views and epochs: adapt, train_phase",
     "balance": "A2 labels from posteriors balanced over the classes: guess",
     "fresh":   "A3 labels, and so verdicts, anew each epoch of phase 2: train_phase",
-    "adam":    "A4 AdamW, rates relative to the size of words, not SGD: param_groups",
+    "adam":    "A4 AdamW, rates relative to the size of words, not SGD: start_phase",
     "part":    "A5 the models go part of the way: few steps or images, labels unlearnt: part_way",
     "crops":   "A6 the models of phase 2 predict the mean over five crops, as A5 lets: with_crops",
     "third":   "A7 --student learns in a phase 3, from what the models of phase 2 predict: adapt",
@@ -94,7 +94,7 @@ def logits(f, t, tau):
 class Table(NamedTuple):
     """What M models say of N images. Per image it holds the H = min(C, TOP) likeliest classes, the
     others count as 0, in p_clean too: so it grows with N, not with N C. (M, N, H) each."""
-    p: torch.Tensor             # softmax
+    p: torch.Tensor             # softmax, (A1) the mean over views and epochs so far
     p_clean: torch.Tensor       # Eq. (5)
     index: torch.Tensor         # which class, ascending; int32
 
@@ -214,7 +214,8 @@ class Prompt(nn.Module):
 
 
 class Adapter(nn.Module):
-    """Bottleneck beside the MLP of one block (or after one ResNet stage); starts at 0."""
+    """Bottleneck beside the MLP of one block (or after one ResNet stage), as clip/model.py asks;
+    starts at 0."""
     def __init__(self, width, rank):
         super().__init__()
         self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
@@ -340,8 +341,8 @@ def select_clean(number, p, table):
 
 def total_loss(job, number, l_pos, l_neg, target):
     """Phase 1: Eq. (4) + lam Eq. (6); then: Eq. (7). The mean over the clean images, 0 if there are
-    none. l (B, C), target: y, clean, y_bar, (B,). (A5) reads phase 2's value as a mean -log p_y:
-    with any other kind of loss use `--recipe ours-part`."""
+    none. l (B, C), l_neg None after phase 1; target: y, clean, y_bar, (B,). (A5) reads phase 2's
+    value as a mean -log p_y: with any other kind of loss use `--recipe ours-part`."""
     y, clean, y_bar = target
     loss = loss_cls(l_pos, y)                                                   # (B,)
     if number == 1:
@@ -406,8 +407,8 @@ def train_step(job, phase, batches, y, clean):
         phase.schedule.step()
         for keys, student in zip(phase.keys, phase.students):
             keys.follow(student.visual, min(0.99, phase.step / (phase.step + 9)))
-    contrast = {"contrast": sum(contrasts) / 2} if contrasts else {}
-    return {"loss": sum(losses) / 2, **contrast, "skipped": int(skipped)}
+    contrast = {"contrast": sum(contrasts) / len(contrasts)} if contrasts else {}
+    return {"loss": sum(losses) / len(losses), **contrast, "skipped": int(skipped)}
 
 
 @torch.no_grad()
@@ -655,8 +656,8 @@ class ZeroShot:
 def predict(job, models, loader, verdict=True, before=None, rate=(1.0, 1.0), top=TOP, mean=False,
             crops=0):
     """The `Table` of all images, on the CPU: softmax and, if verdict, their judges' p_clean (else
-    1); mean: one table, of their means; crops: the share of over_views. before: the last table,
-    which moves towards the new one at the `rate` of (p, p_clean)."""
+    1). mean: one table, of their means; crops: the share of over_views; top: H at most. before: the
+    last table, which moves towards the new one at the `rate` of (p, p_clean)."""
     judges = [getattr(me, "judge", me) for me in models]                        # phase 1: itself
     with job.autocast():                                                        # (C, D) each
         texts = [judge.texts(job.clip_model) if verdict or me is judge else None
@@ -713,7 +714,7 @@ def diagnostics(table, lesson, verdict, y_true):
                   "shared_errors": (labels[0] == labels[1])[wrong].double().mean()}
         for key, v in (("auroc", table.p_clean), ("auroc_softmax", table.p)) if verdict else ():
             given = at(v.flip(0), table.index.flip(0), labels)          # (2, N)
-            facts[key] = sum(data.auroc(a, k == y_true) for a, k in zip(given, labels)) / 2
+            facts[key] = sum(data.auroc(a, k == y_true) for a, k in zip(given, labels)) / len(y)
     return {k: None if math.isnan(v) else round(float(v), 4) for k, v in facts.items()}
 
 
@@ -739,7 +740,7 @@ class Adapted(nn.Module):
         views = with_crops(x, self.crops)                               # (V B, 3, R, R)
         says = [posterior(me, *me(self.clip_model, views)[:2], len(x), self.crops)
                 for me in self.models]                                  # (B, C) each
-        return sum(says) / 2
+        return sum(says) / len(says)
 
 
 def load(path, device="cpu", weights=None):
@@ -861,8 +862,8 @@ def adapt(args):
             table = predict(job, models, job.train, crops=job.crops)            # (2, N, H) each
         table, models = train_phase(job, number, round, students, weak, lesson, table)
         if args.epochs1:                                # without, V- judges nothing
-            y = labels_of(guess(job, table)[0], table.index[0])                 # (N,)
-            data.pseudo_label_sheet(run.out / "pseudo_labels.png", dataset.train, names, y,
+            y, clean = (v[0] for v in select_clean(2, guess(job, table), table))    # (N,) each
+            data.pseudo_label_sheet(run.out / "pseudo_labels.png", dataset.train, names, y, clean,
                                     at(table.p_clean[1], table.index[1], y))
 
     finish(job, models, zero)

@@ -1164,15 +1164,15 @@ def write_predictions(path, names, class_names, p, p_clean, index):
     return y
 
 
-def pseudo_label_sheet(path, images, class_names, y, score):
-    """pseudo_labels.png: a row for each of the first 40 classes; left the labels y (N,) with the
-    highest score, p_clean (N,), right those called wrong (p_clean <= 1/2), worst first."""
+def pseudo_label_sheet(path, images, class_names, y, clean, score):
+    """pseudo_labels.png: a row for each of the first 40 classes; left those of the labels y (N,)
+    that are clean (N,) and have the highest score, p_clean (N,), right the others, worst first."""
     cell = 56                                                                   # pixels
     sheet = Image.new("RGB", (120 + 16 * cell, 18 + min(len(class_names), 40) * cell), "white")
     pen = ImageDraw.Draw(sheet)
     for x0, title, chosen, order in (
-            (110, "called clean, cleanest first", score > 0.5, score.argsort(descending=True)),
-            (120 + 8 * cell, "called wrong, worst first", score <= 0.5, score.argsort())):
+            (110, "called clean, cleanest first", clean, score.argsort(descending=True)),
+            (120 + 8 * cell, "called wrong, worst first", ~clean, score.argsort())):
         pen.text((x0, 3), title, "black")
         for k, name in enumerate(class_names[:40]):
             letters = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()

@@ -989,13 +989,14 @@ def test_pseudo_label_sheet(tmp_path):
     y, names = torch.arange(40) % 10, list("abcdefghij")
     images = data.Images([""] * 40, y, pictures=[Image.new("RGB", (9, 9), "red")] * 40)
     left, right = (110, 18, 550, 578), (570, 18, 1010, 578)
-    for clean, full, empty in ((0.9, left, right), (0.1, right, left)):     # all accepted; rejected
-        data.pseudo_label_sheet(tmp_path / "x.png", images, names, y, torch.full((40,), clean))
+    score = torch.ones(40)
+    for clean, full, empty in ((score > 0, left, right), (score < 0, right, left)):     # all; none
+        data.pseudo_label_sheet(tmp_path / "x.png", images, names, y, clean, score)
         sheet = Image.open(tmp_path / "x.png").convert("L")
         assert sheet.crop(empty).getextrema() == (255, 255) > sheet.crop(full).getextrema()
     bytes_of = []
     for name in ("Hütte", "Hutte"):                     # accents are no boxes
-        data.pseudo_label_sheet(tmp_path / "x.png", images, [name], 0 * y, torch.ones(40))
+        data.pseudo_label_sheet(tmp_path / "x.png", images, [name], 0 * y, score > 0, score)
         bytes_of.append((tmp_path / "x.png").read_bytes())
     assert bytes_of[0] == bytes_of[1]
 
