@@ -636,7 +636,7 @@ def locate(root):
     if root.is_dir():                                   # where ./mnist is ./MNIST: the latter
         return home if home.is_dir() and home.samefile(root) else root
     if not (known.kind and root.parent.is_dir()):
-        raise DataError(f"{root}: no such folder. {EXPECTED}")
+        raise DataError(f"{root}: no such folder or image. {EXPECTED}")
     if not home.is_dir():
         print(f"downloading {known.kind} with torchvision into {home}", flush=True)
         with tempfile.TemporaryDirectory(dir=root.parent) as folder:    # until it is complete
@@ -762,6 +762,8 @@ def setup(args, settings={}):
     .saved (what --load read), .amp_dtype (None: full precision), .load (`DeviceLoader` with this
     run's settings), and loaders of the plain images: .train, .test (the same one if these are one
     set). settings: {flag: (of CLIPs with D < 512, of larger ones)}, for flags not given."""
+    if "run" in args:                                   # and settings filled in, a notebook's
+        raise DataError("these args have had their run: parse them anew")
     device, saved = pick_device(args.device), None
     torch.manual_seed(args.seed)
     if args.load and args.classes:

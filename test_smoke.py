@@ -775,7 +775,7 @@ def test_folders(tmp_path, capsys):
     class_folders(tmp_path / "train", 1, ("cat",))
     assert "test/ has class folders that train/ lacks: bear, dog" in refuses(tmp_path)
     assert data.load(tmp_path / "train", "cat,").class_names == ["cat"]
-    assert "no such folder. Expected one of\n  DIR/train/CLASS/*.jpg" in refuses(__file__)
+    assert "no such folder or image. Expected one of\n  DIR/train/CLASS/*.jpg" in refuses(__file__)
     assert "demo:x: unknown style, expected one of source, narrow, " in refuses("demo:x")
 
 
@@ -1579,7 +1579,7 @@ def test_user_errors(drawn, little, tmp_path, capsys, monkeypatch):
     (tmp_path / "page.pt").write_text("<html>")
     torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pt")
     for args, says in (
-            (["--data", "nowhere"], "nowhere: no such folder. Expected one of"),
+            (["--data", "nowhere"], "nowhere: no such folder or image. Expected one of"),
             (["--data", "empty"], "empty: no images (.jpg"),
             (["--data", "photos"], "give --classes"),
             (["--data", "photos", "--classes", "cat,dog,Cat"], "all different, got cat, dog, Cat"),
@@ -1608,7 +1608,11 @@ def test_user_errors(drawn, little, tmp_path, capsys, monkeypatch):
     assert data.free_folder("coft") == "runs/coft-2"    # never into a run that is there
     assert os.listdir("runs/coft-2") == [] and data.free_folder("coft") == "runs/coft-3"
     assert coft.main(["--resume"]) == 2 and "--out runs/coft-1" in capsys.readouterr().err
-    assert coft.parse(["--out=~/run"]).out == os.path.expanduser("~/run")
+    args = coft.parse(["--out=~/run"])
+    assert args.out == os.path.expanduser("~/run")
+    args.run = None                                     # a notebook's, used twice
+    with pytest.raises(data.DataError, match="parse them anew"):
+        coft.adapt(args)
 
 
 def test_mirrored_or_not(little, tmp_path, capsys):
