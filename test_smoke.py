@@ -1379,6 +1379,15 @@ def run(out, *args, script=coft):
     return script.main([*SCRIPTS[script.__name__], "--out", str(out), *map(str, args)])
 
 
+def stops(capsys, says, out, *args, script=coft):
+    """The run ends with status 2 and, but for the list of what is expected, one line."""
+    capsys.readouterr()                                 # forget what earlier runs said
+    assert run(out, *args, script=script) == 2, args
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and says in said.splitlines()[0], said
+    assert len(said.split(" Expected one of\n")[0].splitlines()) == 1, said
+
+
 def rows_of(file):
     with open(file, newline="") as text:
         return list(csv.reader(text))
@@ -1433,8 +1442,8 @@ def test_resnet(script, little, resnet, tmp_path, capsys):
     assert run(tmp_path / "run", *flags, script=script) == 0
     saved = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
     assert "adapter" in str(saved["light"])
-    assert run(tmp_path / "vpt", *flags, "--peft", "vpt", script=script) == 2
-    assert "--peft vpt needs a ViT" in capsys.readouterr().err
+    stops(capsys, "--peft vpt needs a ViT", tmp_path / "vpt", *flags, "--peft", "vpt",
+          script=script)
 
 
 @pytest.mark.parametrize("recipe, peft", [("ours", "vpt"), ("ours", "adapter"), ("paper", "vpt")])
@@ -1599,13 +1608,11 @@ def test_user_errors(drawn, little, tmp_path, capsys, monkeypatch):
             (["--seed", str(2**63)], f"--seed {2**63} is out of range"),
             (["--out", "page.pt/run"], "page.pt"), (["--resume"], "out holds no run to --resume"),
             (["--student", "absent.pt"], "no such model or file: absent.pt")):
-        assert run("out", *args) == 2, args
-        said = capsys.readouterr().err
-        assert said.startswith("error: ") and says in said.splitlines()[0], said
+        stops(capsys, says, "out", *args)
         assert not (tmp_path / "out").exists()          # and nothing is left behind
-    assert run("photos", "--student", "absent.pt") == 2         # nor is what was there taken away
-    assert run("photos", "--data", "./photos", "--classes", "cat,dog", "--arch", "tiny") == 2
-    assert "--out photos is the folder of the images" in capsys.readouterr().err
+    stops(capsys, "absent.pt", "photos", "--student", "absent.pt")  # nor what was there taken away
+    stops(capsys, "--out photos is the folder of the images", "photos", "--data", "./photos",
+          "--classes", "cat,dog", "--arch", "tiny")
     assert len(os.listdir("photos")) == 100
     (tmp_path / "runs" / "coft-1").mkdir(parents=True)
     assert data.free_folder("coft") == "runs/coft-2"    # never into a run that is there
@@ -1925,8 +1932,7 @@ def test_plus_run_folder(little, tmp_path, capsys, monkeypatch):
     Path("mine.json").write_text(json.dumps({c: [f"a drawing of a {c}"] for c in shapes.SHAPES}))
     assert run(tmp_path / "mine", "--prompts", "mine.json", "--max-steps", 1, script=coft_plus) == 0
     assert read(tmp_path / "mine")[0][-1]["zero_shot"] != last["zero_shot"]
-    assert run(tmp_path / "gone", "--prompts", "gone.json", script=coft_plus) == 2
-    assert "gone.json" in capsys.readouterr().err
+    stops(capsys, "gone.json", tmp_path / "gone", "--prompts", "gone.json", script=coft_plus)
     assert run(tmp_path / "ours", "--prompts", "mine.json", "--recipe", "ours", "--max-steps", 1,
                "--template", "ensemble", script=coft_plus) == 0
     model = coft_plus.load(tmp_path / "ours" / "model.pt")              # (A8)
@@ -2358,9 +2364,7 @@ def test_align_unlabelled_folder_with_candidates(drawn, tmp_path, capsys):
     sets = {f"{i:03d}.png": [shapes.SHAPES[k], "star"] for i, k in enumerate(drawn["train"][1])}
     written(tmp_path / "sets.json", sets)
     folder = ["--data", tmp_path / "photos", "--classes", ",".join(shapes.SHAPES), "--arch", "tiny"]
-    assert align_run(tmp_path / "a", *folder) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and "--candidates FILE" in said and said.count("\n") == 1
+    stops(capsys, "--candidates FILE", tmp_path / "a", *folder, script=pa)
     assert align_run(tmp_path / "b", *folder, "--candidates", tmp_path / "sets.json") == 0
     lines, predictions, _ = read(tmp_path / "b")
     assert lines[-1]["accuracy"] is None and lines[-1]["disambiguation"] is None
@@ -2369,16 +2373,13 @@ def test_align_unlabelled_folder_with_candidates(drawn, tmp_path, capsys):
         assert set(row[1].split("|")) == set(sets[row[0]]) and row[2] in sets[row[0]]
 
 
-@pytest.mark.parametrize("args, says", [
-    ("--data nowhere", "nowhere"), ("--candidates absent.csv", "absent.csv"),
-    ("--candidates bad.json", "bad.json: train/00000.png: expected a class or 0 to 9, got dog"),
-    ("--lr 1e18", "a lower --lr")])
-def test_align_user_errors(little, tmp_path, capsys, monkeypatch, args, says):
-    monkeypatch.chdir(tmp_path)
-    written(tmp_path / "bad.json", {"train/00000.png": ["dog"]})
-    assert align_run("out", *args.split()) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and says in said.splitlines()[0], said
+def test_align_user_errors(little, tmp_path, capsys):
+    bad = written(tmp_path / "bad.json", {"train/00000.png": ["dog"]})
+    for args, says in (
+            (["--data", "nowhere"], "nowhere"), (["--candidates", "absent.csv"], "absent.csv"),
+            (["--candidates", bad], f"{bad}: train/00000.png: expected a class or 0 to 9, got dog"),
+            (["--lr", 1e18], "a lower --lr")):
+        stops(capsys, says, tmp_path / "out", *args, script=pa)
 
 
 @pytest.mark.parametrize("objective", ["rc", "cavl"])
@@ -2436,7 +2437,6 @@ def test_load(little, drawn, tmp_path, capsys, monkeypatch, script):
     assert go("of-photo", "--load", file, "--data", tmp_path / "flat" / "00000.png") == 0
     assert f"\n00000.png: {class_of['test/00000.png']}\n" in capsys.readouterr().out
 
-    # mistakes: one line each
     saved = torch.load(file, weights_only=True)
     torch.save({**saved, "script": "other"}, tmp_path / "other.pt")
     (tmp_path / "cut.pt").write_bytes(file.read_bytes()[:900])
@@ -2452,9 +2452,7 @@ def test_load(little, drawn, tmp_path, capsys, monkeypatch, script):
             (["--load", tmp_path / "gone.model.pt"], "no such model or file"),
             (["--load", file, "--weights", tmp_path / "vit.pt"], "adapted from another CLIP: "),
             (["--load", file, "--data", tmp_path / "cats"], "nor a model has: cat")):
-        assert go("out", *args) == 2, args
-        said = capsys.readouterr().err
-        assert said.startswith("error: ") and says in said and said.count("\n") == 1, said
+        stops(capsys, says, tmp_path / "out", *args, script=MODULES[script])
 
 
 def test_the_lines_of_the_readme(little, drawn, tmp_path, monkeypatch, capsys):
@@ -2487,8 +2485,8 @@ def test_export(little, tmp_path, capsys):
     f = plain.encode_image(torch.stack([model.preprocess(test.image(i)) for i in range(50)]))
     y = (F.normalize(f, dim=1) @ beside["t"].T).argmax(dim=1)                   # (50,)
     assert f"accuracy {data.accuracy(y, test.y_true)}" in said
-    assert run(tmp_path / "b", "--epochs2", 0, "--max-steps", 1, "--export", file) == 2
-    assert "--export: without phase 2" in capsys.readouterr().err
+    stops(capsys, "--export: without phase 2", tmp_path / "b", "--epochs2", 0, "--max-steps", 1,
+          "--export", file)
     torch.save(golden_weights(VIT), tmp_path / "vit.pt")    # heads as OpenAI's: a plain state dict
     assert run(tmp_path / "vit", "--weights", tmp_path / "vit.pt", "--max-steps", 1, "--export",
                file) == 0
@@ -2566,8 +2564,8 @@ def test_student(little, tmp_path, capsys):                         # section 4.
     assert run(tmp_path / "in 2", "--student", tmp_path / "small.pt", "--max-steps", 1, "--recipe",
                "ours-third") == 0
     assert {line.get("phase") for line in read(tmp_path / "in 2")[0]} == {None, 1, 2}
-    assert run(tmp_path / "x", "--student", tmp_path / "resnet.pt") == 2
-    assert "takes images of 64 pixels, not 32" in capsys.readouterr().err
+    stops(capsys, "takes images of 64 pixels, not 32", tmp_path / "x", "--student",
+          tmp_path / "resnet.pt")
 
 
 def test_shots(drawn, little, tmp_path, monkeypatch):               # section 4.4
@@ -2680,20 +2678,19 @@ def test_two_processes_are_one(tmp_path, script, flags):
     ("prompt_align", ["--objective", "pico", "--teacher", "evidence"], 14)])   # 6 are a trial's
 def test_kill_and_resume(little, tmp_path, script, flags, late, capsys):
     """A killed run goes on to the same weights, tables and log, bit for bit."""
-    main, argv = MODULES[script].main, [*SCRIPTS[script], *flags, "--out"]
-    assert main([*argv, str(tmp_path / "whole")]) == 0
+    module = MODULES[script]
+    assert run(tmp_path / "whole", *flags, script=module) == 0
     steps = 3                                           # of an epoch
     for step in (2, late):                              # in the first epoch; in the last phase
         cut = tmp_path / f"cut{step}"
         status, screen = processes(1, script, cut, *flags, at=step, do=signal.SIGKILL)
         assert status == [-signal.SIGKILL], screen
         assert (cut / "last.pt").exists() == (step > steps)
-        assert main([*argv, str(cut)]) == 2             # holds a run
-        assert "already holds a run" in capsys.readouterr().err
+        stops(capsys, "already holds a run", cut, *flags, script=module)
         if step > steps:
-            assert main([*argv, str(cut), "--resume", "--seed", "1"]) == 2
-            assert "was begun with --seed 0" in capsys.readouterr().err
-        assert main([*argv, str(cut), "--resume"]) == 0
+            stops(capsys, "was begun with --seed 0", cut, *flags, "--resume", "--seed", 1,
+                  script=module)
+        assert run(cut, *flags, "--resume", script=module) == 0
         same_run(tmp_path / "whole", cut)
 
 
