@@ -1269,6 +1269,9 @@ def test_prompt_starts_at_zero_shot(vit, template, monkeypatch):
         for t in coft.Student(vit, NAMES, template, args).texts(vit):
             assert torch.allclose(t, want, atol=1e-5) == same
     monkeypatch.undo()
+    prompts = partial(pa.Prompts, vit, NAMES, template)
+    assert torch.allclose(prompts(0, [1.0])(vit), want, atol=1e-5)
+    assert prompts(16, [1.0, 0.0]).ctx.shape == (2, 16, 64)
     args.ctx, words = 16, vit.token_embedding.weight    # random words
     student = coft.Student(vit, NAMES, template, args)
     drawn = student.pos.ctx.detach()                                            # (1, 16, W)
@@ -2213,13 +2216,6 @@ def test_align_pico_state(frozen, random_features):
     learner.contrast.prototypes[3] = -F.normalize(z.detach().mean(dim=0), dim=0)
     pa.pico_step(learner, 1, 0.0, f, i, torch.zeros(3, 8, 10), S[i])
     assert (learner.table[i].argmax(dim=1) == 3).all()  # 0, of those without one, does not win
-
-
-def test_align_prompt_starts_at_the_template(frozen):
-    t = clip.zeroshot_classifier(frozen, [[PHOTO.format(c)] for c in shapes.SHAPES])
-    prompts = partial(pa.Prompts, frozen, shapes.SHAPES, PHOTO)
-    torch.testing.assert_close(prompts(0, [1.0])(frozen).detach(), t)
-    assert prompts(16, [1.0, 0.0]).ctx.shape == (2, 16, 64)
 
 
 def test_drawn_candidates():
