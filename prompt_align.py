@@ -238,8 +238,6 @@ class Contrast(nn.Module):
 # ======== training ========
 
 OBJECTIVES = ("naive", "cc", "rc", "proden", "lws", "cavl", "crdpll", "pico")
-TEACHERS = {    # what alpha falls to, from 1: at the end the learnt prompt teaches itself, or not
-    "evidence": 0.0, "dynamic": 0.0, "handcrafted": 1.0}
 SETTINGS = {    # where no flag says otherwise: (tiny: few words, a short tower; CoOp's, 2109.01134)
     "ctx": (0, 16), "lr": (0.1, 2e-3), "epochs": (20, 100), "shots": (0, 16)}
 
@@ -318,7 +316,7 @@ def train_step(job, learner, epoch, progress, f, i):
     loss = pll = pll_loss(objective, l, S, c, lam=min(2 * progress, 1))
     shown = {"pll": pll.detach()}
     if job.args.align:
-        alpha = 1 + progress * (TEACHERS[job.args.teacher] - 1)
+        alpha = 1.0 if job.args.teacher == "handcrafted" else 1 - progress
         l_hand = job.tau * f[0] @ job.t_hand.T                                  # (B, C)
         align = loss_weighted(l_align[0], mixed_posterior(l_align[0], l_hand, S, alpha))
         w = balance(pll, align) if len(each) == 1 else 1.0
@@ -600,8 +598,9 @@ def parse(argv=None):
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--objective", choices=OBJECTIVES, default="cc", help="Eq. 3-9 (%(default)s)")
     add("--align", default=True, action=switch, help="Eq. 10; without: the objective alone")
-    add("--teacher", choices=TEACHERS, default="evidence", help="prompts whose logits are added; "
-        "or one, Eq. 11, alpha falling or as released (%(default)s)")
+    add("--teacher", choices=["evidence", "dynamic", "handcrafted"], default="evidence",
+        help="prompts whose logits are added; or one, Eq. 11, alpha falling or as released "
+        "(%(default)s)")
     add("--candidates", default="uniform", metavar="uniform|instance|FILE", help="made from the "
         "labels, all wrong ones alike or those CLIP finds likely; or your CSV or JSON")
     add("--q", type=float, default=0.5, help="chance of a wrong label to be in a set (%(default)s)")
