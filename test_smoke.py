@@ -1305,12 +1305,8 @@ def test_full_model_is_an_fc_layer_on_a_fresh_encoder(frozen):    # Eq. (7)
     b += 0.1 * torch.randn_like(b)
     found, l, none = model(frozen, x)
     torch.testing.assert_close(found, v)
-    for n in range(2):
-        for k in range(3):
-            want = sum(float(W[k, d] * v[n, d]) for d in range(64)) + float(b[k])
-            assert float(l[n, k].detach()) == pytest.approx(want, rel=1e-3) and none is None
-    l[0, 0].backward()
-    assert model.visual.proj.grad.any() and model.fc.bias.grad.tolist() == [1, 0, 0]
+    torch.testing.assert_close(l, v @ W.T + b)
+    assert none is None
     assert all(torch.equal(a, b) for a, b in zip(model.judge(frozen, x), before))
     assert not any(v.requires_grad for v in model.judge.parameters())
 
