@@ -1488,16 +1488,20 @@ def test_run_folder(little, drawn, tmp_path, recipe, peft, monkeypatch, capsys):
     assert p.max(dim=1).values.tolist() == pytest.approx([float(row[2]) for row in rows], abs=2e-4)
 
 
-def test_flags_and_seed(little, tmp_path):
+def all_differ(out, flags, variants, script=coft):
+    """Each of the variants, flags more, predicts something else: none of them does nothing."""
     seen = []
-    for k, flags in enumerate((
-            [], ["--seed", 1], ["--epochs2", 0], ["--epochs1", 0], ["--recipe", "paper"],
-            ["--ctx", 4], ["--no-flip"], ["--no-quick-gelu"], ["--template", "{}."], ["--k", 3],
-            ["--lr1", 0.01], ["--lr2", 0.01])):
-        assert run(tmp_path / str(k), "--max-steps", 2, *flags) == 0
-        _, rows, _ = read(tmp_path / str(k))
-        assert len(rows) == 51 and rows not in seen, flags      # every flag does something
+    for k, variant in enumerate(variants):
+        assert run(out / str(k), *flags, *variant.split(), script=script) == 0
+        _, rows, _ = read(out / str(k))
+        assert len(rows) == 51 and rows not in seen, variant
         seen.append(rows)
+
+
+def test_flags_and_seed(little, tmp_path):
+    all_differ(tmp_path, ["--max-steps", 2], (
+        "", "--seed 1", "--epochs2 0", "--epochs1 0", "--recipe paper", "--ctx 4", "--no-flip",
+        "--no-quick-gelu", "--template {}.", "--k 3", "--lr1 0.01", "--lr2 0.01"))
     assert run(tmp_path / "again", "--max-steps", 2) == 0
     same_result(tmp_path / "0", tmp_path / "again")
 
@@ -1514,16 +1518,10 @@ def test_batches_of_clean_images():
 
 
 def test_each_addition_alone(little, tmp_path, monkeypatch):
-    """Every one can be left out, alone, and does something."""
-    seen = {}
+    """Every one can be left out, alone, and does something; third: see test_student."""
     monkeypatch.setattr(coft_plus, "WHOLE", 8)
-    for name in {"": "", **coft_plus.ADDITIONS}.keys() - {"third"}:     # see test_student
-        recipe = f"ours-{name}" if name else "ours"
-        assert run(tmp_path / recipe, "--recipe", recipe, "--epochs2", 2, "--max-steps", 4,
-                   script=coft_plus) == 0
-        _, rows, _ = read(tmp_path / recipe)
-        assert rows not in seen.values(), (recipe, [k for k, v in seen.items() if v == rows])
-        seen[recipe] = rows
+    without = [f"--recipe ours-{name}" for name in coft_plus.ADDITIONS if name != "third"]
+    all_differ(tmp_path, ["--epochs2", 2, "--max-steps", 4], ["", *without], coft_plus)
 
 
 def save_pictures(root, drawn, train="train/{c}/{i:03d}.png", test="test/{c}/{i:03d}.png"):
@@ -2328,17 +2326,12 @@ def test_align_run_folder(little, tmp_path, objective):
 
 
 def test_align_flags_and_seed(little, tmp_path):
-    seen = []
-    for k, flags in enumerate(("", "--seed 1", "--q 0.9", "--no-align", "--ctx 4", "--shots 2",
-                               "--teacher handcrafted", "--candidates instance", "--lr 0.5",
-                               "--template {}.", "--amp bf16", "--max-steps 2", "--epochs 2",
-                               "--passes 1", "--no-flip", "--objective lws")):
-        assert align_run(tmp_path / str(k), *flags.split()) == 0
-        ctx = read(tmp_path / str(k))[2]["models"]["ctx"].tolist()
-        assert ctx not in seen, flags                                   # every flag does something
-        seen.append(ctx)
+    all_differ(tmp_path, [], (
+        "", "--seed 1", "--q 0.9", "--no-align", "--ctx 4", "--shots 2", "--teacher handcrafted",
+        "--candidates instance", "--lr 0.5", "--template {}.", "--amp bf16", "--max-steps 2",
+        "--epochs 2", "--passes 1", "--no-flip", "--objective lws"), pa)
     assert align_run(tmp_path / "again") == 0
-    assert read(tmp_path / "again")[2]["models"]["ctx"].tolist() == seen[0]
+    same_result(tmp_path / "0", tmp_path / "again")
     for k, flags in enumerate(("--supervised", "--objective naive --no-align --q 0")):   # CoOp
         assert align_run(tmp_path / f"coop{k}", *flags.split()) == 0
     assert equal(*(read(tmp_path / f"coop{k}")[2] for k in (0, 1)))
