@@ -2354,7 +2354,6 @@ def test_align_unlabelled_folder_with_candidates(drawn, tmp_path, capsys):
 def test_align_user_errors(little, tmp_path, capsys):
     bad = written(tmp_path / "bad.json", {"train/00000.png": ["dog"]})
     for args, says in (
-            (["--data", "nowhere"], "nowhere"), (["--candidates", "absent.csv"], "absent.csv"),
             (["--candidates", bad], f"{bad}: train/00000.png: expected a class or 0 to 9, got dog"),
             (["--lr", 1e18], "a lower --lr")):
         stops(capsys, says, tmp_path / "out", *args, script=pa)
