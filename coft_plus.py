@@ -557,30 +557,30 @@ def log_density(f, index, W, b, root):
     return torch.cat(found)
 
 
-def by_density(q, index, p, f, C, nats, free=3):
+def by_density(q, index, p, f, C, nats):
     """A student's labels by its posterior p times the density of the features f (see `features`).
     Three steps of EM from q, the table's posterior, fit the Gaussians, to every n-th image of a
     large folder. Classes are held to the same size (A2) if that costs less than so many nats of
-    likelihood an image, else EM goes on to `free` steps, as sizes are found slowly. q, index, p
-    (N, H), f (N, D). Returns the new q (N, H), whether they were held, and W, b of `gaussians`."""
+    likelihood an image. q, index, p (N, H), f (N, D). Returns the new q (N, H), whether they were
+    held, and W, b of `gaussians`."""
     n = max(1, len(f) // FIT)
 
     def times(prior, d, index, held):
         p = (prior.clamp(min=1e-9).log() + d).softmax(dim=1)                    # (N, H)
         return balanced(p, index, C) if held else p
 
-    def em(held, steps=3):
+    def em(held):
         some = index[::n]                                                       # (N / n, H)
         now = times(q[::n], 0.0, some, held)
-        for _ in range(steps):
+        for _ in range(3):
             fit = gaussians(f[::n], now, some, C)
             d = log_density(f[::n], some, *fit)                                 # (N / n, H)
             now = times(p[::n], d, some, held)
         return fit, float(d.logsumexp(dim=1).mean())
 
-    (_, above), (held, below) = em(False), em(True)
+    (free, above), (held, below) = em(False), em(True)
     even = data.broadcast_from_rank0(lambda: above - below < nats)      # GPUs differ in rounding
-    W, b, root = held if even else em(False, free)[0]
+    W, b, root = held if even else free
     return times(p, log_density(f, index, W, b, root), index, even), even, (W, b)
 
 
@@ -608,7 +608,7 @@ def ask_density(job, models, table, rate, nats):
     """The table after the Gaussians were asked: p moves towards their posterior at `rate`, p_clean
     is it. And whether both models' classes were held to the same size: see by_density."""
     C, nats = len(job.dataset.class_names), nats if "balance" in job.added else -math.inf
-    q, held, _ = zip(*(by_density(q, index, *features(job, me, index), C, nats, free=6)
+    q, held, _ = zip(*(by_density(q, index, *features(job, me, index), C, nats)
                        for me, q, index in zip(models, table.p, table.index)))
     q = torch.stack(q)                                                          # (2, N, H)
     return table._replace(p=table.p.lerp(q, rate), p_clean=q), all(held)

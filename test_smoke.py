@@ -1738,10 +1738,6 @@ def test_labels_by_density(sizes, fit, monkeypatch):    # (A9)
     if even:
         torch.testing.assert_close(q.mean(dim=0), torch.full((3,), 1 / 3))
     assert not coft_plus.by_density(p, index, p, f, 3, -math.inf)[1]    # once found uneven: so
-    steps, fit_once = [], coft_plus.gaussians           # three each; free ones go on
-    monkeypatch.setattr(coft_plus, "gaussians", lambda *a: steps.append(1) or fit_once(*a))
-    coft_plus.by_density(p, index, p, f, 3, 1.0, free=5)
-    assert len(steps) == (6 if even else 11)
     for f in (torch.zeros(N, 3), 1e3 * f):              # all alike; far apart, and sure of it
         sure = F.one_hot(given, 3).float()
         q, *_ = coft_plus.by_density(p, index, sure, f, 3, 1.0)
@@ -1754,7 +1750,7 @@ def test_density_speaks_in_the_table(monkeypatch):      # (A9)
     p, q = torch.rand(2, 2, 6, 3).softmax(dim=-1)
     table, says = coft_plus.Table(p, torch.ones_like(p), torch.stack([all_classes(p[0])] * 2)), []
     monkeypatch.setattr(coft_plus, "features", lambda job, model, index: (model, None))
-    monkeypatch.setattr(coft_plus, "by_density", lambda p, index, model, f, C, nats, free:
+    monkeypatch.setattr(coft_plus, "by_density", lambda p, index, model, f, C, nats:
                         (model, says.append(nats) or nats > 0 and len(says) < 4, None))
     job = SimpleNamespace(added={"balance"}, dataset=SimpleNamespace(class_names=["a", "b", "c"]))
     found, even = coft_plus.ask_density(job, list(q), table, 1 / 4, 0.8)
