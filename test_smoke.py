@@ -1276,7 +1276,7 @@ def test_prompt_starts_at_zero_shot(vit, template, monkeypatch):
     student = coft.Student(vit, NAMES, template, args)
     drawn = student.pos.ctx.detach()                                            # (1, 16, W)
     assert drawn.shape == (1, 16, 64) and student.texts(vit)[1].shape == want.shape
-    assert float(drawn.std()) == pytest.approx(float(words.std()), rel=0.1)
+    assert float(drawn.std()) == pytest.approx(float(words.detach().std()), rel=0.1)
 
 
 def student_of(model, names=NAMES, peft="vpt"):
@@ -1515,6 +1515,19 @@ def test_batches_of_clean_images():
         times = sorted(seen[-1].count(k) for k in (3, 7, 11))
         assert times == [6, 7, 7]                       # as often as the others, or once more
     assert seen[0] != seen[1] and len({tuple(e.count(k) for k in (3, 7, 11)) for e in seen}) > 1
+
+
+@pytest.mark.parametrize("script", [coft, coft_plus])
+def test_the_sheet_shows_what_the_filter_says(script, little, tmp_path, monkeypatch):
+    def every_third(number, p, table):
+        y = coft.labels_of(p, table.index)                                      # (2, N)
+        return y, (torch.arange(y.shape[1]) % 3 == 0).expand(y.shape)
+    shown = []
+    monkeypatch.setattr(script, "select_clean", every_third)
+    monkeypatch.setattr(data, "pseudo_label_sheet", lambda *a: shown.append(a))
+    assert run(tmp_path / "run", "--max-steps", 1, script=script) == 0
+    assert all(clean.equal(torch.arange(len(y)) % 3 == 0) for *_, y, clean, _ in shown)
+    assert len(shown) > 1                               # after each phase
 
 
 def test_each_addition_alone(little, tmp_path, monkeypatch):
