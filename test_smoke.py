@@ -2653,18 +2653,18 @@ def test_two_processes_are_one(tmp_path, script, flags):
     assert abs(one[-1]["accuracy"] - two[-1]["accuracy"]) <= 4      # two images of fifty
 
 
-@pytest.mark.parametrize("script, flags, late", [
-    ("coft", [], 8), ("coft_plus", [], 8), ("coft_plus", ["--recipe", "paper"], 8),
-    ("coft_plus", ["--epochs2", "6"], 17),              # after A9's Gaussians
-    ("coft_plus", ["--student", "tiny", "--epochs2", "2"], 17),
-    ("prompt_align", ["--objective", "rc"], 8),
-    ("prompt_align", ["--objective", "pico", "--teacher", "evidence"], 14)])   # 6 are a trial's
-def test_kill_and_resume(little, tmp_path, script, flags, late, capsys):
+@pytest.mark.parametrize("script, flags, kills", [      # in the first epoch; in the last phase
+    ("coft", [], (2, 8)), ("coft_plus", [], (2, 8)), ("coft_plus", ["--recipe", "paper"], [8]),
+    ("coft_plus", ["--epochs2", "6"], [17]),            # after A9's Gaussians
+    ("coft_plus", ["--student", "tiny", "--epochs2", "2"], [17]),
+    ("prompt_align", ["--objective", "rc"], (2, 8)),
+    ("prompt_align", ["--objective", "pico", "--teacher", "evidence"], [14])])  # 6 are a trial's
+def test_kill_and_resume(little, tmp_path, script, flags, kills, capsys):
     """A killed run goes on to the same weights, tables and log, bit for bit."""
     module = MODULES[script]
     assert run(tmp_path / "whole", *flags, script=module) == 0
     steps = 3                                           # of an epoch
-    for step in (2, late):                              # in the first epoch; in the last phase
+    for step in kills:
         cut = tmp_path / f"cut{step}"
         status, screen = processes(1, script, cut, *flags, at=step, do=signal.SIGKILL)
         assert status == [-signal.SIGKILL], screen
