@@ -72,6 +72,7 @@ TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
 FEW = 4             # (A5), (A11) images a class from which nothing is learnt
 NATS = 0.8, 1.0     # (A9) nats an image that equal class sizes may cost: after phase 1, in phase 2
+BALL = 0.2          # (A9), (A11) share of a ball in the Gaussians' covariance, at most
 ROOT = 8            # (A11) the 8th root of the density: its D features are not independent
 FIT = 2**17         # (A9) to so many images, at most twice as many, Gaussians are fitted
 TIMES = 7           # (--shots) draws of a labelled image for each of another one, at least
@@ -540,7 +541,8 @@ def gaussians(f, q, index, C):
     cov = cov / N - (mean * size / N).T @ mean
     mean = mean.lerp((mean * size).sum(dim=0) / N, (1 - size).clamp(min=0))     # of hardly an image
     ball = cov.diagonal().mean().clamp(min=1e-5 * (N + D) / D) * torch.eye(D, device=device)
-    root = torch.linalg.cholesky(cov.lerp(ball, D / (N + D)))   # the fewer images, the rounder
+    part = min(BALL, D / (N + D))                               # the fewer images, the rounder
+    root = torch.linalg.cholesky(cov.lerp(ball, part))                          # (D, D)
     W = torch.cholesky_solve(mean.T, root).T                                    # (C, D)
     return W, -(W * mean).sum(dim=1) / 2, root
 

@@ -1709,26 +1709,27 @@ def test_each_student_has_its_own_next_labels():        # section 3.3.1
     assert y.tolist() == [[0, 0, 1, 1], [0, 1, 1, 0]]   # two of each
 
 
-def test_log_density_is_the_normal_distributions():     # (A9)
-    f, q, C, D = torch.randn(40, 3), torch.rand(40, 5).softmax(dim=1), 5, 3
-    mean = torch.stack([sum(q[i, k] * f[i] for i in range(40)) / q[:, k].sum() for k in range(C)])
+@pytest.mark.parametrize("N, ball", [(40, 3 / 43), (8, 0.2)])
+def test_log_density_is_the_normal_distributions(N, ball):      # (A9)
+    f, q, C, D = torch.randn(N, 3), torch.rand(N, 5).softmax(dim=1), 5, 3
+    mean = torch.stack([sum(q[i, k] * f[i] for i in range(N)) / q[:, k].sum() for k in range(C)])
     cov = sum(q[i, k] * torch.outer(f[i] - mean[k], f[i] - mean[k])
-              for i in range(40) for k in range(C)) / 40
-    cov = cov * 40 / 43 + 3 / 43 * cov.diagonal().mean() * torch.eye(D)
+              for i in range(N) for k in range(C)) / N
+    cov = (1 - ball) * cov + ball * cov.diagonal().mean() * torch.eye(D)
     naive = torch.stack([torch.distributions.MultivariateNormal(m, cov).log_prob(f) for m in mean])
     naive += D / 2 * math.log(2 * math.pi)              # it leaves that out
     every = all_classes(q)
     found = coft_plus.log_density(f, every, *coft_plus.gaussians(f, q, every, C))
     torch.testing.assert_close(found, naive.T)
-    some = torch.tensor([[0, 2, 3]] * 20 + [[1, 3, 4]] * 20)            # of five classes, three
+    some = torch.tensor([[0, 2, 3], [1, 3, 4]] * (N // 2))              # of five classes, three
     fit = coft_plus.gaussians(f, q[:, :3], some, C)
-    whole = torch.zeros(40, C).scatter(1, some, q[:, :3])
+    whole = torch.zeros(N, C).scatter(1, some, q[:, :3])
     torch.testing.assert_close(fit, coft_plus.gaussians(f, whole, every, C))
     found = coft_plus.log_density(f, every, *fit)
     torch.testing.assert_close(coft_plus.log_density(f, some, *fit), found.gather(1, some))
     q[:, 4] = 0                                         # a class without images
     W, _, root = coft_plus.gaussians(f, q, every, C)
-    torch.testing.assert_close(W[4] @ root @ root.T, (q.T @ f).sum(dim=0) / 40)
+    torch.testing.assert_close(W[4] @ root @ root.T, (q.T @ f).sum(dim=0) / N)
 
 
 @pytest.mark.parametrize("sizes, fit", [((60, 60, 60), 1000), ((140, 30, 10), 1000),
