@@ -249,9 +249,7 @@ class PixelCache:
 
 
 def cache_pixels(dataset, transforms, gb):
-    """Decodes each file once per kind of `prepare`, if `gb` GB suffice (at 3:2); says so."""
-    if dataset.train.pictures is not None:
-        return "the images are in memory"
+    """Decodes each image once per kind of `prepare`, if `gb` GB suffice (at 3:2); says so."""
     plain, *_, augmented = (t.prepare for t in transforms)
     wanted = {(dataset.train, augmented), (dataset.train, plain), (dataset.test, plain)}
     need = sum(4.5 * prepare.size ** 2 * len(images) for images, prepare in wanted) / 2**30

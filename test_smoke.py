@@ -682,7 +682,9 @@ def test_cifar(tmp_path, monkeypatch, K):
         few = images.subset(torch.tensor([len(x) - 1, 7]))
         assert few.y_true.tolist() == [y[-1], y[7]]
         assert (few.view(data.transforms(32)[0])[1, 0][0].numpy() == x[7]).all()
-    assert data.cache_pixels(d, data.transforms(32), 1) == "the images are in memory"
+    assert "decoded once" in data.cache_pixels(d, data.transforms(32), 1)
+    kept = d.train.view(data.transforms(32)[0])
+    assert all((kept[7, 0][0].numpy() == parts[0][1][7]).all() for _ in range(2))
 
 
 def test_mnist(tmp_path):
