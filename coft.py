@@ -76,7 +76,7 @@ WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise w
 TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
 FEW = 4             # (A5) images a class from which nothing is learnt
-TIMES = 7           # (--shots) draws of a labelled image for each of another one, at least
+TIMES = 7           # (--shots) how often a labelled image is drawn for another's once, at least
 SETTINGS = {    # defaults: (tiny CLIPs, D < 512; OpenAI's models); lam, peft_size have no flag
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (6, 10), "epochs2": (4, 10)},
@@ -94,7 +94,7 @@ def logits(f, t, tau):
 class Table(NamedTuple):
     """What M models say of N images. Per image it holds the H = min(C, TOP) likeliest classes, the
     others count as 0, in p_clean too: so it grows with N, not with N C. (M, N, H) each."""
-    p: torch.Tensor             # softmax, (A1) the mean over views and epochs so far
+    p: torch.Tensor             # softmax, (A1) a running mean over views and epochs, train_phase
     p_clean: torch.Tensor       # Eq. (5)
     index: torch.Tensor         # which class, ascending; int32
 
@@ -113,7 +113,7 @@ def labels_of(p, index):
 def pseudo_labels(p0, index, C, K):
     """Eq. (1), S*: y = argmax_k p0_k; confident: per class the K images with the largest p0_y. A
     class that is no image's argmax gets those where its own p0 is largest, min(K, N / C) at most,
-    but a later such class may take them away. p0, index (N, H) -> y (N,), confident (N,) bool."""
+    whose they were before, even another's last. p0, index (N, H) -> y (N,), confident (N,) bool."""
     y = labels_of(p0, index)
     for k in set(range(C)) - set(y.tolist()):
         best = at(p0, index, torch.tensor([k])).topk(min(K, math.ceil(len(y) / C)))
@@ -148,8 +148,8 @@ def complementary_labels(y, C):
 
 
 def with_crops(x, share):
-    """(A6) V = 6 views: the images, then four corners and the centre, 0.9 of each side (the mean of
-    the weak views), scaled up to R; V = 1 if share = 0. (B, 3, R, R) -> (V B, 3, R, R)."""
+    """(A6) V = 6 views: the images, then four corners and the centre, 0.9 of each side (about the
+    weak views' mean), scaled up to R; V = 1 if share = 0. (B, 3, R, R) -> (V B, 3, R, R)."""
     if not share:
         return x
     R, device = x.shape[-1], x.device
@@ -180,8 +180,8 @@ def balanced(p, index, C):
 class Prompt(nn.Module):
     """Eq. (2), (3): L learnable context vectors before each class name: [V_1] ... [V_L] cat. All
     classes share them. They start from random words, as large as CLIP's; for L = 0 from the
-    template's words before the class name ("a photo of a" if there are none) and a little noise: at
-    CLIP's zero-shot classifier."""
+    template's words before the class name ("a photo of a" if there are none) and a little noise:
+    near CLIP's zero-shot classifier."""
     def __init__(self, clip_model, class_names, template, L):
         super().__init__()
         before, rest = template.split("{}", 1)
@@ -371,9 +371,9 @@ def clip_scale(job):
 
 @torch.no_grad()
 def crops_tell(job, model):
-    """(A6) Whether the crops get all the weight, whatever A5 says: if a crop tells CLIP, on average
-    over the five, 98 % of what the plain image does; else they cut objects off. What images tell of
-    their class is the mutual information, entropy(mean over images of p) - mean of entropy(p)."""
+    """(A6) Whether the crops get all the weight, whatever A5 says: if the mutual information of
+    image and class, entropy(mean over images of p) - mean of entropy(p), of a crop, on average over
+    the five, is over 98 % of the plain image's. If not, crops cut objects off."""
     images, C = data.some(job.dataset.train), len(job.dataset.class_names)
     plain, p = job.train.dataset.transforms, torch.zeros(6, len(images), C)
     for x, i in job.load(images.view(*plain)):                                  # (B, 3, R, R), (B,)
@@ -446,8 +446,8 @@ def train_phase(job, number, students, weak, lesson, table):
         means = run.means(f"--lr{min(number, 2)}")
         loss = means["loss"]
         n = epoch + 1 if "views" in job.added else 0    # (A1) looks in the running mean so far
-        rate = 1 / (n + 1), verdict / max(1, n)         # weight of this look in p (the first table
-                                                        # is one too), in p_clean (later 0: stays)
+        # this look's weight in p (all before the phase is one look), in p_clean (later 0: it stays)
+        rate = 1 / (n + 1), verdict / max(1, n)
         if number < 3:                                  # (A7) phase 3 keeps its table
             table = predict(job, phase.students, looks, verdict, table, rate)
         run.report(phase=number, epoch=epoch + 1, **means,
@@ -459,7 +459,7 @@ def train_phase(job, number, students, weak, lesson, table):
         far = 1.0
         if "part" in job.added:                         # (A5); phase 3's labels are trusted: loss 0
             far = part_way(job, phase.students, phase.step, loss if number == 2 else 0.0)
-        if "crops" in job.added:                        # (A6) all, or as far as they left CLIP
+        if "crops" in job.added:                        # (A6) 1 by crops_tell, or A5's far
             job.crops = max(job.crops, far)
     return table, phase.students
 
@@ -487,8 +487,7 @@ def predict(job, models, loader, verdict=True, before=None, rate=(1.0, 1.0), top
     last table, which moves towards the new one at the `rate` of (p, p_clean)."""
     judges = [getattr(me, "judge", me) for me in models]                        # phase 1: itself
     with job.autocast():                                                        # (C, D) each
-        texts = [judge.texts(job.clip_model) if verdict or me is judge else None
-                 for me, judge in zip(models, judges)]
+        texts = [judge.texts(job.clip_model) for judge in judges]
     M, C = 1 if mean else len(models), len(job.dataset.class_names)
     p, p_clean = torch.zeros(2, M, loader.N, min(C, top))                       # (M, N, H) each
     index = torch.zeros(p.shape, dtype=torch.int32)
@@ -523,7 +522,7 @@ def test_accuracy(job, models):
 
 
 def diagnostics(table, lesson, verdict, y_true):
-    """How good the filter is, means over both models. Of the labels just learnt from:
+    """How good the filter is, over both models. Of the labels just learnt from:
         kept                    the share that is clean
         unfiltered, precision   how many are right: of all, of the clean ones
     Of those that the table would give now (before A2):

@@ -22,8 +22,8 @@ lost on each world tried (.ci/results.md). In their place (A9): an image encoder
 adapted gathers the images of a class, whatever some of their labels say. So after phase 1, and
 again after a third of phase 2, each class gets a Gaussian in the features, and a label is the class
 with the largest density times the model's posterior; the peer's Gaussians, not its V-, call it
-clean. If after phase 1 equally large classes explain the features nearly as well as free ones, the
-Gaussians are asked after each epoch up to that third; if there they explain them worse, (A2) stops.
+clean. If after phase 1 classes of equal size fit the features nearly as well as classes of any, the
+Gaussians label after each epoch of that third; if at its end equal sizes fit worse, (A2) stops.
 Later epochs add the models' own posteriors to the labels' running mean, and in the end the models
 predict by Gaussians too (A11): with few images most is won there. As that asks five crops anyway,
 their softmax weighs what A5 lets; coft.py's crops_tell was worth nothing here.
@@ -75,7 +75,7 @@ NATS = 0.8, 1.0     # (A9) nats an image that equal class sizes may cost: after 
 BALL = 0.2          # (A9), (A11) share of a ball in the Gaussians' covariance, at most
 ROOT = 8            # (A11) the 8th root of the density: its D features are not independent
 FIT = 2**17         # (A9) to so many images, at most twice as many, Gaussians are fitted
-TIMES = 7           # (--shots) draws of a labelled image for each of another one, at least
+TIMES = 7           # (--shots) how often a labelled image is drawn for another's once, at least
 SETTINGS = {    # defaults: (tiny CLIPs, D < 512; OpenAI's models); lam, peft_size have no flag
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (4, 10), "epochs2": (4, 10),
@@ -95,7 +95,7 @@ def logits(f, t, tau):
 class Table(NamedTuple):
     """What M models say of N images. Per image it holds the H = min(C, TOP) likeliest classes, the
     others count as 0, in p_clean too: so it grows with N, not with N C. (M, N, H) each."""
-    p: torch.Tensor             # softmax, (A1) the mean over views and epochs so far
+    p: torch.Tensor             # softmax, (A1) a running mean over views and epochs, train_phase
     p_clean: torch.Tensor       # Eq. (5)
     index: torch.Tensor         # which class, ascending; int32
 
@@ -114,7 +114,7 @@ def labels_of(p, index):
 def pseudo_labels(p0, index, C, K):
     """Eq. (1), S*: y = argmax_k p0_k; confident: per class the K images with the largest p0_y. A
     class that is no image's argmax gets those where its own p0 is largest, min(K, N / C) at most,
-    but a later such class may take them away. p0, index (N, H) -> y (N,), confident (N,) bool."""
+    whose they were before, even another's last. p0, index (N, H) -> y (N,), confident (N,) bool."""
     y = labels_of(p0, index)
     for k in set(range(C)) - set(y.tolist()):
         best = at(p0, index, torch.tensor([k])).topk(min(K, math.ceil(len(y) / C)))
@@ -149,8 +149,8 @@ def complementary_labels(y, C):
 
 
 def with_crops(x, share):
-    """(A6) V = 6 views: the images, then four corners and the centre, 0.9 of each side (the mean of
-    the weak views), scaled up to R; V = 1 if share = 0. (B, 3, R, R) -> (V B, 3, R, R)."""
+    """(A6) V = 6 views: the images, then four corners and the centre, 0.9 of each side (about the
+    weak views' mean), scaled up to R; V = 1 if share = 0. (B, 3, R, R) -> (V B, 3, R, R)."""
     if not share:
         return x
     R, device = x.shape[-1], x.device
@@ -188,8 +188,8 @@ def info_nce(q, k, queue, temperature=0.1):
 class Prompt(nn.Module):
     """Eq. (2), (3): L learnable context vectors before each class name: [V_1] ... [V_L] cat. All
     classes share them. They start from random words, as large as CLIP's; for L = 0 from the
-    template's words before the class name ("a photo of a" if there are none) and a little noise: at
-    CLIP's zero-shot classifier."""
+    template's words before the class name ("a photo of a" if there are none) and a little noise:
+    near CLIP's zero-shot classifier."""
     def __init__(self, clip_model, class_names, template, L):
         super().__init__()
         before, rest = template.split("{}", 1)
@@ -481,12 +481,12 @@ def train_phase(job, number, round, students, weak, lesson, table):
         if args.shots:                                  # section 4.4: their true labels
             y[:, job.known], clean[:, job.known] = images.y_true[job.known], True
         for loader, mine in zip(loaders, clean):        # batches of clean images, or for Eq. 8 all
-            among = mine.nonzero()[:, 0].tolist()
+            among = (mine | bool(phase.keys)).nonzero()[:, 0].tolist()
             if args.shots:                              # few would drown among them
                 part = 1 / 2 if number == 1 else min(1 / 2, args.shots ** 0.5 / 16)    # of a batch
                 more = int(len(among) * part / (1 - part) / len(job.known))     # of each
                 among += max(TIMES - 1, more) * job.known.tolist()
-            loader.batch_sampler.among = [] if phase.keys else among
+            loader.batch_sampler.among = among if args.shots or not phase.keys else []
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
                                  f"phase {number} round {round + 1} epoch {epoch + 1}/{epochs}",
                                  steps - phase.step):
@@ -494,8 +494,8 @@ def train_phase(job, number, round, students, weak, lesson, table):
         means = run.means(f"--lr{min(number, 2)}")
         loss = means["loss"]
         n = epoch + 1 if "views" in job.added else 0    # (A1) looks in the running mean so far
-        rate = 1 / (n + 1), verdict / max(1, n)         # weight of this look in p (the first table
-                                                        # is one too), in p_clean (later 0: stays)
+        # this look's weight in p (all before the phase is one look), in p_clean (later 0: it stays)
+        rate = 1 / (n + 1), verdict / max(1, n)
         if epoch + 1 in asked:
             table, even = ask_density(job, phase.students, table, rate[0], NATS[1])
             if epoch + 1 == third and "balance" in job.added and not even:
@@ -530,8 +530,7 @@ def gaussians(f, q, index, C):
     of all. f (N, D), q, index (N, H). Returns W (C, D), b (C,) and root (D, D), the covariance's
     Cholesky factor: see log_density."""
     (N, D), device = f.shape, f.device
-    size, mean = torch.zeros(C, 1, device=device), torch.zeros(C, D, device=device)
-    cov = torch.zeros(D, D, device=device)
+    size = mean = cov = 0.0
     for v, k, share in zip(f.split(2048), index.split(2048), q.split(2048)):    # (B, D), (B, H)
         v, k, share = v.float(), k.long().to(device), share.to(device)
         share = torch.zeros(len(v), C, device=device).scatter(1, k, share)      # (B, C)
@@ -662,8 +661,7 @@ def predict(job, models, loader, verdict=True, before=None, rate=(1.0, 1.0), top
     last table, which moves towards the new one at the `rate` of (p, p_clean)."""
     judges = [getattr(me, "judge", me) for me in models]                        # phase 1: itself
     with job.autocast():                                                        # (C, D) each
-        texts = [judge.texts(job.clip_model) if verdict or me is judge else None
-                 for me, judge in zip(models, judges)]
+        texts = [judge.texts(job.clip_model) for judge in judges]
     M, C = 1 if mean else len(models), len(job.dataset.class_names)
     p, p_clean = torch.zeros(2, M, loader.N, min(C, top))                       # (M, N, H) each
     index = torch.zeros(p.shape, dtype=torch.int32)
@@ -699,7 +697,7 @@ def test_accuracy(job, models):
 
 
 def diagnostics(table, lesson, verdict, y_true):
-    """How good the filter is, means over both models. Of the labels just learnt from:
+    """How good the filter is, over both models. Of the labels just learnt from:
         kept                    the share that is clean
         unfiltered, precision   how many are right: of all, of the clean ones
     Of those that the table would give now (before A2):

@@ -177,7 +177,7 @@ def follow_clip(p, S):
 class Prompts(nn.Module):
     """M prompts of L learnable context vectors, the same before each class name: [V_1] ... [V_L]
     cat. They start from random words, as large as CLIP's own; for L = 0 from the template's words
-    before the class name ("a photo of a" if there are none): at CLIP's zero-shot classifier. M
+    before the class name ("a photo of a" if there are none): near CLIP's zero-shot classifier. M
     weights make one classifier of them, t_k = sum_m weight_m t_mk: the logits add up so, too."""
     def __init__(self, clip_model, class_names, template, L, weights):
         super().__init__()
@@ -370,7 +370,9 @@ def choose_weights(job, passes, sets):
     one counts; [1/2, 1/2] it and CC's; else three, the objective's with 1/3, or 0: whether it
     `helps` to explain a fifth of the sets (N, C), for prompts that learnt from the others."""
     args, run = job.args, job.run
-    if not args.align or args.teacher != "evidence":
+    if run.state:                                       # --resume has them
+        return run.state["learner"]["prompts.weights"].tolist()
+    elif not args.align or args.teacher != "evidence":
         return [1.0]
     elif follow_clip(posterior(job, job.f_train, job.t_hand), sets):
         run.say("the sets follow CLIP's own posterior: they cannot correct it")
@@ -474,10 +476,10 @@ def candidate_rows(path, classes_of):
     first = text.split("\n")[0]
     rows = csv.reader(io.StringIO(text, newline=""),
                       delimiter=next((d for d in ",;\t|" if d in first), ","))
-    for image, *cells in filter(None, rows):
+    for n, (image, *cells) in enumerate(filter(None, rows)):
         cells = "|".join(cells).replace(";", "|").split("|")
         cells = [cell.strip() for cell in cells if cell.strip()]
-        if rows.line_num > 1 or "." in image:
+        if n or "." in image:
             yield f"{path} line {rows.line_num}", image.strip(), cells
         elif len(cells) > 1 and all(map(classes_of, cells)):
             raise data.DataError(f"{path}: expected an image's classes, not a column per class")
@@ -577,11 +579,7 @@ def adapt(args):
     views = {"crdpll": (weak, weak, strong), "pico": (weak, strong)}.get(args.objective, (weak,))
     passes = [encode(job, dataset.train.view(*views), epoch)                    # (A, N, D) each
               for epoch in range(min(args.passes, args.epochs))]
-    if run.state:                                       # --resume has them
-        weights = run.state["learner"]["prompts.weights"].tolist()
-    else:
-        weights = choose_weights(job, passes, sets)
-    learner = train(job, passes, sets, weights)
+    learner = train(job, passes, sets, choose_weights(job, passes, sets))
 
     # the results; p_clean of predictions.csv is CLIP's own posterior
     l_train, l_test, percent = evaluate(job, learner)                           # (N, C) each
