@@ -1,7 +1,7 @@
 """Tests of everything, on a CPU and without a network: python -m pytest -q test_smoke.py
 
 clip/ against golden numbers and files made here, data.py against miniatures of the data sets in
-their real file names and formats, every equation against a naive loop, and whole runs on small
+their real file names and formats, every equation against plain arithmetic, and whole runs on small
 pieces of the demo.
 """
 import csv
@@ -884,7 +884,7 @@ def test_preprocessing_is_clips(tmp_path):
     Image.fromarray(deep.astype(">u2")).save(tmp_path / "deep.tif")             # ImageJ's
     for image in (*(data.decode(tmp_path / f"deep.{kind}") for kind in ("png", "tif")),
                   clip_files.to_rgb(Image.fromarray(deep))):
-        assert image.getpixel((16, 16)) == (132, 132, 132)          # 33,792 / 256
+        assert image.getpixel((19, 16)) == (132, 132, 132)          # 33,984 / 256
     Image.new("F", (3, 3)).save(tmp_path / "deep.tif")
     assert "floats" in refuses(tmp_path / "deep.tif", by=data.decode)
     images, plain = data.load(tmp_path / "all", "a,b").train, data.transforms(32)[0]
@@ -1622,12 +1622,9 @@ PLUS = [*SHORT, "--epochs1", "1", "--epochs2", "1", "--rounds", "2", "--gamma", 
 
 
 def test_info_nce_is_the_plain_loop():                  # Eq. (8)
-    (q, k, queue), T, losses = (unit(4, 8), unit(4, 8), unit(6, 8)), 0.2, []
-    for b in range(4):
-        each = [math.exp(float(q[b] @ key) / T) for key in (k[b], *queue)]
-        losses.append(-math.log(each[0] / sum(each)))
-    found = float(coft_plus.info_nce(q, k, queue, T))
-    assert found == pytest.approx(sum(losses) / 4, abs=1e-6)
+    q, k, queue, T = unit(4, 8), unit(4, 8), unit(6, 8), 0.2
+    losses = [-(torch.stack([k[b], *queue]) @ q[b] / T).log_softmax(dim=0)[0] for b in range(4)]
+    torch.testing.assert_close(coft_plus.info_nce(q, k, queue, T), sum(losses) / 4)
 
 
 def test_keys():                                        # Eq. (9), (10)
@@ -1959,12 +1956,11 @@ def test_align_contrastive():
     z = torch.randn(4, 3, generator=rng, dtype=torch.double).requires_grad_(True)
     keys = torch.randn(5, 3, generator=rng, dtype=torch.double)
     y, y_keys = [0, 1, 0, 2], [0, 1, 2, -1, 1]
-    everyone, labels, b = [*z, *keys], y + y_keys, 0
+    everyone, labels, b = torch.cat([z, keys]), torch.tensor(y + y_keys), 0
     for i in range(4):
-        others = [j for j in range(9) if j != i]
-        s = {j: torch.exp(z[i] @ everyone[j] / 0.5) for j in others}
-        mine = [j for j in others if labels[j] == y[i]]
-        b = b - sum(torch.log(s[j] / sum(s.values())) for j in mine) / len(mine) / 4
+        others = torch.arange(9) != i
+        log_p = (everyone[others] @ z[i] / 0.5).log_softmax(dim=0)              # (8,)
+        b = b - log_p[labels[others] == y[i]].mean() / 4
     agree(pa.loss_contrastive(z, torch.tensor(y), keys, torch.tensor(y_keys), 0.5), b, z)
 
 
@@ -2229,7 +2225,6 @@ def test_a_path_says_which(tmp_path):
     ({"cat/1.jpg": [-1]}, "f.json: cat/1.jpg: expected a class or 0 to 2, got -1"),
     ({"cat/1.jpg": "0"}, "f.json: expected {image: [class, ...], ...}"),
     ([[0]], "f.json: expected {image: [class, ...], ...}"),
-    ({"1.jpg": [0]}, "f.json: expected images like cat/1.jpg, found none of them"),
 ])
 def test_candidate_errors(tmp_path, content, says):
     path = tmp_path / ("f.csv" if isinstance(content, str) else "f.json")
@@ -2629,16 +2624,15 @@ def test_mixed_precision(little, tmp_path, monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU, there also as CUDA graphs"))])
 def test_compile(little, tmp_path, monkeypatch, device):
-    real, used = torch.compile, []
+    real, used, losses = torch.compile, [], []
     monkeypatch.setattr(torch, "compile", lambda module: used.append(type(module).__name__) or real(
         module, backend="aot_eager"))
     for name, flags in (("plain", []), ("compiled", ["--compile"])):
         flags += ["--batch-size", 4, "--max-steps", 3, "--device", device, "--amp", "off"]
-        run(tmp_path / name, *flags)
+        (_, *epochs, _), *_ = run(tmp_path / name, *flags)
+        losses.append([line["loss"] for line in epochs])
     assert used == 2 * ["Student"] + 2 * ["FullModel"]
-    plain, compiled = ([line["loss"] for line in epochs_of(tmp_path / name)[1:-1]]
-                       for name in ("plain", "compiled"))
-    assert plain == pytest.approx(compiled, rel=1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_loss_that_is_not_finite(little, tmp_path, monkeypatch, capsys):
