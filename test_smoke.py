@@ -1621,7 +1621,7 @@ def test_demo_gains(tmp_path, monkeypatch):
 PLUS = [*SHORT, "--epochs1", "1", "--epochs2", "1", "--rounds", "2", "--gamma", "0.1"]
 
 
-def test_info_nce_is_the_plain_loop():                  # Eq. (8)
+def test_info_nce():                                    # Eq. (8)
     q, k, queue, T = unit(4, 8), unit(4, 8), unit(6, 8), 0.2
     losses = [-(torch.stack([k[b], *queue]) @ q[b] / T).log_softmax(dim=0)[0] for b in range(4)]
     torch.testing.assert_close(coft_plus.info_nce(q, k, queue, T), sum(losses) / 4)
