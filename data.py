@@ -609,7 +609,7 @@ def load(path, classes=None, template=None, adapted=None):
         if not all(parts):                              # without images
             raise DataError(f"{path}: no images ({', '.join(EXTENSIONS)}). {EXPECTED}")
         if not (names or classes):
-            raise DataError(f"{path}: no names of classes: give --classes, or class folders")
+            raise DataError(f"{path}: no names of classes: give --classes, or two class folders")
         names = wordnet_names(names or classes, root)
     names = by_name_of(names, classes, parts, path) if classes else check_classes(names)
     train, test = parts
@@ -650,7 +650,8 @@ def readable(images):
         try:
             decode(os.path.join(images.root, file), draft=True)
         except Exception as e:                          # Pillow's plugins raise nearly anything
-            return f"{file} ({reason(e)})"
+            phone = file.lower().endswith(UNREAD)
+            return f"{file} ({'convert it to JPEG' if phone else reason(e)})"
     if len(images) > 1000:
         print(f"opening {len(images)} images once", file=sys.stderr, flush=True)
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
@@ -1200,7 +1201,7 @@ def write_report(run, images, class_names, p, index):
         ("zero_shot", "zero-shot accuracy"), ("accuracy", "accuracy after the run"))
         if last.get(key) is not None)
     if accuracies and last.get("crops"):
-        accuracies += " (of five crops of each image; zero-shot: of the plain image)"
+        accuracies += " (with five crops of each image; zero-shot: the plain image)"
     page = ["<!doctype html><meta charset=utf-8><title>report</title><style>body{font:14px "
             "sans-serif}td,th{padding:2px 5px;text-align:right}figure{display:inline-block;"
             f"margin:4px;width:110px}}</style><p>{html.escape(run.lines[0]['dataset'])}",
@@ -1211,13 +1212,13 @@ def write_report(run, images, class_names, p, index):
                     "<svg width=800 height=210 fill=none><path "
                     'stroke="#ddd" d="M0 1H650M0 50H650M0 100H650M0 150H650M0 200H650"/>')
         for n, (key, (scale, color)) in enumerate(CURVES.items()):
-            values = [scale * line[key] for line in epochs if line.get(key) is not None]
+            values = [(650 * k / len(epochs), scale * line[key])
+                      for k, line in enumerate(epochs) if line.get(key) is not None]
             if values:
-                points = " ".join(f"{650 * k / len(epochs):.0f},{200 - 2 * v:.0f}"
-                                  for k, v in enumerate(values))
+                points = " ".join(f"{x:.0f},{200 - 2 * v:.0f}" for x, v in values)
                 page.append(
                     f'<polyline points="{points}" stroke="{color}" stroke-width=2 /><text '
-                    f'x=660 y={20 + 20 * n} fill="{color}">{key} {values[-1]:.1f}</text>')
+                    f'x=660 y={20 + 20 * n} fill="{color}">{key} {values[-1][1]:.1f}</text>')
         page.append("</svg>")
     if images.y_true is not None and len(names) <= 40:
         counts = (len(names) * images.y_true + k[:, 0]).bincount(minlength=len(names) ** 2)

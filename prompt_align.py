@@ -460,7 +460,8 @@ def read_candidates(path, images, class_names):
     if missing.all():
         raise data.DataError(f"{path}: expected images like {images.names[0]}, found none of them")
     sets[missing] = True
-    return sets, f"; {int(missing.sum())} have no entry of their own in {path}: all classes"
+    note = f"; {int(missing.sum())} have no entry of their own in {path}: all classes"
+    return sets, note if missing.any() else ""
 
 
 def candidate_rows(path, classes_of):
@@ -473,7 +474,7 @@ def candidate_rows(path, classes_of):
             yield f"{path}: {image}", image, [str(cell) for cell in cells]
         return
     text = data.read_text(path)
-    first = text.split("\n")[0]
+    first = text.lstrip().split("\n")[0]
     rows = csv.reader(io.StringIO(text, newline=""),
                       delimiter=next((d for d in ",;\t|" if d in first), ","))
     for n, (image, *cells) in enumerate(filter(None, rows)):
