@@ -75,7 +75,7 @@ NATS = 0.8, 1.0     # (A9) nats an image that equal class sizes may cost: after 
 BALL = 0.2          # (A9), (A11) share of a ball in the Gaussians' covariance, at most
 ROOT = 8            # (A11) the 8th root of the density: its D features are not independent
 FIT = 2**17         # (A9) to so many images, at most twice as many, Gaussians are fitted
-TIMES = 7           # (--shots) how often a labelled image is drawn for another's once, at least
+TIMES = 7           # (--shots) draws of a labelled image per draw of another, at least
 SETTINGS = {    # defaults: (tiny CLIPs, D < 512; OpenAI's models); lam, peft_size have no flag
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (4, 10), "epochs2": (4, 10),
@@ -114,7 +114,7 @@ def labels_of(p, index):
 def pseudo_labels(p0, index, C, K):
     """Eq. (1), S*: y = argmax_k p0_k; confident: per class the K images with the largest p0_y. A
     class that is no image's argmax gets those where its own p0 is largest, min(K, N / C) at most,
-    whose they were before, even another's last. p0, index (N, H) -> y (N,), confident (N,) bool."""
+    even if another class loses its last. p0, index (N, H) -> y (N,), confident (N,) bool."""
     y = labels_of(p0, index)
     for k in set(range(C)) - set(y.tolist()):
         best = at(p0, index, torch.tensor([k])).topk(min(K, math.ceil(len(y) / C)))
