@@ -1497,7 +1497,8 @@ def test_each_addition_alone(little, tmp_path, monkeypatch):
     """Every one can be left out, alone, and does something; third: see test_student."""
     monkeypatch.setattr(coft_plus, "WHOLE", 8)
     without = [f"--recipe ours-{name}" for name in coft_plus.ADDITIONS if name != "third"]
-    all_differ(tmp_path, ["--epochs2", 2, "--max-steps", 4], ["", *without], coft_plus)
+    all_differ(tmp_path, ["--rounds", 1, "--gamma", 0, "--epochs2", 2, "--max-steps", 4],
+               ["", *without], coft_plus)
 
 
 def save_pictures(root, drawn, train="train/{c}/{i:03d}.png", test="test/{c}/{i:03d}.png"):
@@ -1607,7 +1608,7 @@ def test_mirrored_or_not(little, tmp_path, capsys):
 
 
 def test_demo_gains(tmp_path, monkeypatch):
-    draw, n = shapes.pictures, {"train": None, "test": 500}     # all but half of its tests
+    draw, n = shapes.pictures, {"train": 1000, "test": 300}     # some of them
     monkeypatch.setattr(shapes, "pictures", lambda name, part: [
         v[:n[part]] for v in draw(name, part)])
     assert coft.main(["--device", "cpu", "--epochs1", "1", "--epochs2", "2",
@@ -2561,7 +2562,7 @@ def test_two_processes_are_one(tmp_path, script, flags):
 
 @pytest.mark.parametrize("script, flags, kills", [      # in the first epoch; in the last phase
     (coft, [], (2, 8)), (coft_plus, [], (2, 8)), (coft_plus, ["--recipe", "paper"], [8]),
-    (coft_plus, ["--epochs2", "6"], [17]),              # after A9's Gaussians
+    (coft_plus, ["--epochs2", "4"], [17]),              # after A9's Gaussians
     (coft_plus, ["--student", "tiny", "--epochs2", "2"], [17]),
     (pa, ["--objective", "rc"], (2, 8)),
     (pa, ["--objective", "pico", "--teacher", "evidence"], [14])])      # 6 are a trial's
