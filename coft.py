@@ -30,7 +30,7 @@ Run:  python coft.py                                    the demo, offline; 2 min
 
 The paper does not say, so decided here:
   settings  the table SETTINGS (OpenAI's models: arXiv 2602.04340, by the same authors, and DeFT's
-            code; tiny: chosen on `narrow`), lam 1, batches of 64
+            code; tiny: chosen on drawn styles), lam 1, batches of 64
   data      an epoch is N / B steps, however small the set it draws from; training images are random
             crops; a class that is nobody's guess takes its likeliest images
   start     CoOp's templates, in V+ and V- too; random words as large as CLIP's, tiny's prompts
@@ -674,7 +674,7 @@ def parse(argv=None):
         "encoder learns last and predicts")
     add("--epochs1", type=int, help="of phase 1; 0: nothing is filtered")
     add("--epochs2", type=int, help="of phase 2; 0 leaves it out; phase 3's are twice as many")
-    add("--lr1", type=float, help="of prompts and light modules")
+    add("--lr1", type=float, help="of prompts, light modules and (A4) the FC layer")
     add("--lr2", type=float, help="of the image encoder")
     add("--compile", action="store_true", help="torch.compile; on a GPU CUDA graphs: for long runs")
     add("--export", metavar="FILE", help="also write one model as a plain CLIP")

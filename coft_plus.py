@@ -18,15 +18,15 @@ Run:  python coft_plus.py                               the demo, offline; READM
 
 `--recipe ours` takes the sentences, and one student's prompts start at them, so that the two err
 differently (A8); but one round and gamma 0: on its labels more rounds and the contrast as published
-lost on each world tried (.ci/results.md). In their place (A9): an image encoder that is being
-adapted gathers the images of a class, whatever some of their labels say. So after phase 1, and
-again after a third of phase 2, each class gets a Gaussian in the features, and a label is the class
-with the largest density times the model's posterior; the peer's Gaussians, not its V-, call it
-clean. If after phase 1 classes of equal size fit the features nearly as well as classes of any, the
-Gaussians label after each epoch of that third; if at its end equal sizes fit worse, (A2) stops.
-Later epochs add the models' own posteriors to the labels' running mean, and in the end the models
-predict by Gaussians too (A11): with few images most is won there. As that asks five crops anyway,
-their softmax weighs what A5 lets; coft.py's crops_tell was worth nothing here.
+won nothing (.ci/results.md). In their place (A9): an image encoder that is being adapted gathers
+the images of a class, whatever some of their labels say. So after phase 1, and again after a third
+of phase 2, each class gets a Gaussian in the features, and a label is the class with the largest
+density times the model's posterior; the peer's Gaussians, not its V-, call it clean. If after phase
+1 classes of equal size fit the features nearly as well as classes of any, the Gaussians label after
+each epoch of that third; if at its end equal sizes fit worse, (A2) stops. Later epochs add the
+models' own posteriors to the labels' running mean, and in the end the models predict by Gaussians
+too (A11): with few images most is won there. As that asks five crops anyway, their softmax weighs
+what A5 lets; coft.py's crops_tell was worth nothing here.
 
 The paper does not say, so decided here, beyond coft.py: three rounds, gamma 0.1, temperature 0.1,
 mu 0.99 at most, a queue of half an epoch or 16 batches at most; classes without sentences get the
@@ -888,7 +888,7 @@ def parse(argv=None):
         "encoder learns last and predicts")
     add("--epochs1", type=int, help="of each round of phase 1; 0: V- judges nothing")
     add("--epochs2", type=int, help="of phase 2; 0 leaves it out; phase 3's are twice as many")
-    add("--lr1", type=float, help="of prompts and light modules")
+    add("--lr1", type=float, help="of prompts, light modules and (A4) the FC layer")
     add("--lr2", type=float, help="of the image encoder")
     add("--compile", action="store_true", help="torch.compile; on a GPU CUDA graphs: for long runs")
     add("--export", metavar="FILE", help="also write one model as a plain CLIP")

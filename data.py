@@ -229,7 +229,7 @@ def normalize(x):
 
 class PixelCache:
     """Pixels of N images as one `prepare` makes them, in memory that the loader's processes share
-    and fill as images are first asked for. Long ones, of over 6 size^2 pixels, are left out."""
+    and fill as images are first asked for. Long ones, of over 2 size^2 pixels, are left out."""
     def __init__(self, N, prepare):
         self.prepare = prepare
         self.room = 3 * prepare.size * 2 * prepare.size     # bytes of an image; unused cost none

@@ -3,13 +3,12 @@
 
     python .ci/compare.py --out runs/compare --worlds narrow,slanted --seeds 0,1,2
     python .ci/compare.py --out runs/compare --glyphs glyphs --worlds mnist,letters
-    python .ci/compare.py softmax --data demo:torn          # coft.py with another filter, of three
+    python .ci/compare.py softmax --data demo:torn          # coft.py with another filter, of four
 
 Worlds are styles of the demo, and mnist and letters as .ci/handwriting.py leaves them in --glyphs.
 Every run is a command, printed before it runs and skipped if --out holds its result, so that the
 script can be stopped, and started again with more methods, worlds and seeds. The table at the end
-has the test accuracy at the end, mean and standard deviation over the seeds: of five crops, but
-of plain images where the recipe is the paper's.
+has the test accuracy at the end, of five crops, mean and standard deviation over the seeds.
 """
 import argparse
 import json
@@ -24,12 +23,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 PEERS = ["upl", "grip", "cpl", "lafter", "fixmatch", "deft"]
 FILTERS = ["none", "perfect", "softmax", "self"]
+PAPER = "--recipe", "paper+crops"
 METHODS = {
     **{name: [".ci/peers.py", name] for name in PEERS},
     **{f"{name} filter": [".ci/compare.py", name] for name in FILTERS},
-    "coft paper": ["coft.py", "--recipe", "paper"], "coft ours": ["coft.py"],
-    "coft_plus paper": ["coft_plus.py", "--recipe", "paper"], "coft_plus ours": ["coft_plus.py"],
-    "coft_plus paper without sentences": ["coft_plus.py", "--recipe", "paper", "--prompts", ""],
+    "coft paper": ["coft.py", *PAPER], "coft ours": ["coft.py"],
+    "coft_plus paper": ["coft_plus.py", *PAPER], "coft_plus ours": ["coft_plus.py"],
+    "coft_plus paper without sentences": ["coft_plus.py", *PAPER, "--prompts", ""],
     "coft_plus ours without sentences": ["coft_plus.py", "--prompts", ""],
     "prompt_align q=0.3": ["prompt_align.py", "--q", "0.3"],
     "supervised": [".ci/peers.py", "supervised"]}

@@ -4,7 +4,7 @@
     python .ci/grid.py --out runs/grid                      # drawn shapes, clip/tiny.pt
     python .ci/grid.py --out runs/grid --glyphs glyphs      # and digits, letters: handwriting.py
 
-2 to 100 classes, 5 to 500 training images per class, balanced or 10:1. The images are written as
+2 to 300 classes, 3 to 700 training images per class, balanced or 10:1. The images are written as
 folders, train/CLASS and test/CLASS. Further flags go to coft.py (or --script coft_plus.py). Runs
 that are there are not repeated. At the end: each world's zero-shot and last accuracy, mean ±
 standard deviation of the seeds, the worst and the mean difference.
