@@ -185,7 +185,7 @@ class Prompt(nn.Module):
     def __init__(self, clip_model, class_names, template, L):
         super().__init__()
         before, rest = template.split("{}", 1)
-        words = " ".join(["x"] * L) or before.strip() or "a photo of a"
+        words, rest = (" ".join(["x"] * L), ".") if L else (before.strip() or "a photo of a", rest)
         n = int((clip.tokenize(words)[0] > 0).sum()) - 2                # without <sot> and <eot>
         tokens = clip.tokenize([f"{words} {c}{rest}" for c in class_names], truncate=True)
         known = clip_model.token_embedding.weight.detach()              # (vocabulary, W)
@@ -452,7 +452,7 @@ def train_phase(job, number, students, weak, lesson, table):
             table = predict(job, phase.students, looks, verdict, table, rate)
         run.report(phase=number, epoch=epoch + 1, **means,
                    accuracy=test_accuracy(job, phase.students),
-                   **diagnostics(table, lesson, verdict, images.y_true))
+                   **diagnostics(table, lesson, images.y_true))
         run.checkpoint(parts, phase=number, epoch=epoch + 1, step=phase.step, table=tuple(table),
                        lesson=lesson, loss=loss)
     if number > 1:
@@ -521,14 +521,13 @@ def test_accuracy(job, models):
     return data.accuracy(labels_of(table.p, table.index)[0], job.dataset.test.y_true)
 
 
-def diagnostics(table, lesson, verdict, y_true):
+def diagnostics(table, lesson, y_true):
     """How good the filter is, over both models. Of the labels just learnt from:
         kept                    the share that is clean
         unfiltered, precision   how many are right: of all, of the clean ones
     Of those that the table would give now (before A2):
         shared_errors           how many of the first one's wrong labels the second gives too
-        auroc, auroc_softmax    whether the peer's p_clean (softmax) ranks the right ones first; in
-                                phase 1 (verdict)
+        auroc, auroc_softmax    whether the peer's p_clean (softmax) ranks the right ones first
     """
     y, clean = lesson                                                   # (2, N) each
     facts = {"kept": clean.double().mean()}
@@ -537,7 +536,7 @@ def diagnostics(table, lesson, verdict, y_true):
         wrong = labels[0] != y_true                                     # (N,)
         facts |= {"precision": right[clean].double().mean(), "unfiltered": right.double().mean(),
                   "shared_errors": (labels[0] == labels[1])[wrong].double().mean()}
-        for key, v in (("auroc", table.p_clean), ("auroc_softmax", table.p)) if verdict else ():
+        for key, v in ("auroc", table.p_clean), ("auroc_softmax", table.p):
             given = at(v.flip(0), table.index.flip(0), labels)          # (2, N)
             facts[key] = sum(data.auroc(a, k == y_true) for a, k in zip(given, labels)) / len(y)
     return {k: None if math.isnan(v) else round(float(v), 4) for k, v in facts.items()}
@@ -567,11 +566,11 @@ class Adapted(nn.Module):
         return over_views(p / len(self.models), len(x), self.crops)
 
 
-def load(path, device="cpu", weights=None):
-    """The `Adapted` model of a run's model.pt; weights: its CLIP, if that lies elsewhere now.
-    Raises data.DataError, clip.CLIPError."""
+def load(path, device="cpu", weights=None, student=None):
+    """The `Adapted` model of a run's model.pt; weights, student: its CLIP and --student's, if they
+    lie elsewhere now. Raises data.DataError, clip.CLIPError."""
     saved, clip_model, preprocess = data.read_model(path, "coft", weights, device)
-    other = data.second_clip(saved["student"], clip_model, saved["quick_gelu"])
+    other = data.second_clip(student or saved["student"], clip_model, saved["quick_gelu"])
     return Adapted(saved, clip_model, other, preprocess)
 
 

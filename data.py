@@ -310,9 +310,14 @@ class DeviceLoader(DataLoader):
             generator=torch.Generator().manual_seed(0))         # not the global one
 
     def __iter__(self):
-        for *views, index in super().__iter__():
+        shown = time.time()
+        for done, (*views, index) in enumerate(super().__iter__(), 1):
             yield (*(normalize(x.to(self.device, non_blocking=self.pin_memory))
                      for x in views), index)
+            if not self.batch_sampler.shuffle and sys.stdout.isatty() and time.time() - shown > 0.2:
+                shown = time.time()                     # training says more, see `Run.steps`
+                print(f"\r{f'looking at images, batch {done} of {len(self)}':<99}", end="",
+                      flush=True)
 
 
 def worker_init(_):
@@ -788,8 +793,8 @@ def setup(args, settings={}):
         args.out = broadcast_from_rank0(free_folder, args.script)
     elif root and os.path.isdir(args.out) and os.path.samefile(args.out, root):
         raise DataError(f"--out {args.out} is the folder of the images")
-    names = "\n".join(dataset.train.names).encode(errors="backslashreplace")
-    found = f"{dataset.description}, files {hashlib.sha256(names).hexdigest()[:8]}"
+    names = "\n".join(dataset.class_names + dataset.train.names).encode(errors="backslashreplace")
+    found = f"{dataset.description}, names {hashlib.sha256(names).hexdigest()[:8]}"
     run = args.run = Run(args.out, {**vars(args), "dataset": found}, args.resume)
     run.say(dataset.description)
     plain, *_ = views = transforms(clip_model.visual.input_resolution)
@@ -989,8 +994,11 @@ def command_line(adapt, args):
     try:
         for flag, value in vars(args).items():
             least = flag in ("batch_size", "rounds", "passes", "max_steps")     # 1; else 0
-            if isinstance(value, (int, float)) and not least <= value < 2**63:
+            most = {"q": 1}.get(flag, 2**63 - 1)
+            if isinstance(value, (int, float)) and not least <= value <= most:
                 raise DataError(f"--{flag.replace('_', '-')} {value} is out of range")
+        if args.batch_size % n:
+            raise DataError(f"--batch-size {args.batch_size} cannot be divided by {n} processes")
         if n == 1:                                      # torchrun's processes just end
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         else:
@@ -999,8 +1007,6 @@ def command_line(adapt, args):
                                     timeout=timedelta(days=1))  # the first one may download
         if rank() > 0:                                  # the first one speaks
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
-        if args.batch_size % n:
-            raise DataError(f"--batch-size {args.batch_size} cannot be divided by {n} processes")
         adapt(args)
         if n > 1:
             dist.destroy_process_group()
@@ -1028,7 +1034,7 @@ class Run:
         if broadcast_from_rank0((self.out / "args.json").exists) != resume:
             raise DataError(f"{out} holds no run to --resume" if resume else
                             f"{out} already holds a run: give --resume, or another --out")
-        if resume and (self.out / "last.pt").exists():
+        if broadcast_from_rank0((self.out / "last.pt").exists) and resume:
             self.read_state(args)
         with replacing(self.out / "args.json", "w") as file:
             json.dump(self.lines[0], file, indent=2)

@@ -182,7 +182,7 @@ class Prompts(nn.Module):
     def __init__(self, clip_model, class_names, template, L, weights):
         super().__init__()
         before, rest = template.split("{}", 1)
-        words = " ".join(["x"] * L) or before.strip() or "a photo of a"
+        words, rest = (" ".join(["x"] * L), ".") if L else (before.strip() or "a photo of a", rest)
         n = int((clip.tokenize(words)[0] > 0).sum()) - 2                # without <sot> and <eot>
         tokens = clip.tokenize([f"{words} {c}{rest}" for c in class_names], truncate=True)
         known = clip_model.token_embedding.weight.detach()              # (vocabulary, W)

@@ -368,7 +368,7 @@ def one_round(N, C, top, plus, threads, device, queue):
     coft.pseudo_labels(p[0], table.index[0], C, 16)
     lap("S*")
     lesson = coft.select_clean(2, p, table)
-    coft.diagnostics(table, lesson, True, torch.arange(N) % C)
+    coft.diagnostics(table, lesson, torch.arange(N) % C)
     coft.complementary_labels(lesson[0], C)
     lap("verdicts")
     with tempfile.TemporaryDirectory() as folder:
