@@ -19,6 +19,7 @@ accuracy and diagnostics, and where a flag asks for labels: --shots, candidate s
 import argparse
 import base64
 import csv
+import gc
 import hashlib
 import html
 import io
@@ -224,7 +225,8 @@ def normalize(x):
     few = 2**15 // len(mean) if x.device.type == "cpu" else x.numel()       # stay in a core's cache
     for pixels, floats in zip(x.view(-1, len(mean)).split(few), out.view(-1, len(mean)).split(few)):
         torch.div(pixels, 255, out=floats).sub_(mean).div_(std)             # rows R G B R G B ...
-    return out.permute(0, 3, 1, 2)
+    out = out.permute(0, 3, 1, 2)
+    return out.contiguous() if x.device.type == "mps" else out      # whose BatchNorm was wrong
 
 
 class PixelCache:
@@ -977,6 +979,7 @@ def graphed(student, pool):
 
     def call(clip_model, x):
         if not graphs:
+            gc.collect()                                # none of the last phase may die meanwhile
             graphs.append(torch.cuda.make_graphed_callables(
                 Pass(student, clip_model), (x.clone(),), allow_unused_input=True, pool=pool))
         v, l_pos, *l_neg = graphs[0](x)
@@ -1066,6 +1069,9 @@ class Run:
         """Gives each of {name: module, optimizer, ...} its state; the rest of last.pt."""
         state, self.state = self.state, None
         for name, part in parts.items():
+            if name == "optimizer":                     # may go on on another device
+                for group, mine in zip(state[name]["param_groups"], part.param_groups):
+                    group["fused"] = mine["fused"]
             if state[name]:                             # a GradScaler that was off has none
                 part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])

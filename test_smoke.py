@@ -2640,6 +2640,10 @@ def test_mixed_precision(little, tmp_path, monkeypatch):
     assert int(state["optimizer"]["state"][0]["step"]) == 4 - skipped["fp16"]
     off = SimpleNamespace(state={"scaler": {}, "rng": state["rng"]})    # begun without fp16
     assert data.Run.restore(off, {"scaler": torch.amp.GradScaler("cpu")})["scaler"] == {}
+    cpu, gpu = (torch.optim.AdamW([torch.ones(2)], fused=fused) for fused in (False, True))
+    off.state = {"optimizer": cpu.state_dict(), "rng": state["rng"]}
+    data.Run.restore(off, {"optimizer": gpu})
+    assert gpu.param_groups[0]["fused"]                 # not as it was where the run began
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
