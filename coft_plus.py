@@ -193,7 +193,9 @@ class Prompt(nn.Module):
     def __init__(self, clip_model, class_names, template, L):
         super().__init__()
         before, rest = template.split("{}", 1)
-        words, rest = (" ".join(["x"] * L), ".") if L else (before.strip() or "a photo of a", rest)
+        words = before.strip() or "a photo of a"
+        if L:                                           # as CoOp's
+            words, rest = " ".join(["x"] * L), "."
         n = int((clip.tokenize(words)[0] > 0).sum()) - 2                # without <sot> and <eot>
         tokens = clip.tokenize([f"{words} {c}{rest}" for c in class_names], truncate=True)
         known = clip_model.token_embedding.weight.detach()              # (vocabulary, W)
