@@ -33,13 +33,10 @@ The paper does not say, so decided here:
             code; tiny: chosen on drawn styles), lam 1, batches of 64
   data      an epoch is N / B steps, however small the set it draws from; training images are random
             crops; a class that is nobody's guess takes its likeliest images
-  start     CoOp's templates, in V+ and V- too; random words as large as CLIP's, tiny's prompts
-            from the template's words; W at t0; students differ in order and complements too
+  start     CoOp's templates, in V+ and V- too (--ctx: random words as large as CLIP's); W at t0;
+            students differ in order and complements too
   steps     momentum 0.9, warm-up, cosine, weight decay 5e-4; in A4 0.01 for the encoder, none
             elsewhere, and V- learns ten times as fast as V+
-  flags     --shots, the paper's 4.4: labelled images are half of a batch in phase 1, then
-            sqrt(shots) / 16 of it (1/2 at most), each drawn at least TIMES as often as any other;
-            --student, 4.5: that CLIP learns in phase 2, with (A7) in a phase 3, twice as long
 """
 import argparse
 import copy
@@ -177,35 +174,39 @@ def balanced(p, index, C):
 
 # ======== modules ========
 
-class Prompt(nn.Module):
-    """Eq. (2), (3): L learnable context vectors before each class name: [V_1] ... [V_L] cat. All
-    classes share them. They start from random words, as large as CLIP's; for L = 0 from the
-    template's words before the class name ("a photo of a" if there are none) and a little noise:
-    near CLIP's zero-shot classifier."""
+class Prompts(nn.Module):
+    """Eq. (2), (3): V+ and V-, each L learnable context vectors before each class name: [V_1] ...
+    [V_L] cat. All classes share them. They start from random words, as large as CLIP's; for L = 0
+    from the template's words before the class name ("a photo of a" if there are none) and a little
+    noise: near CLIP's zero-shot classifier."""
     def __init__(self, clip_model, class_names, template, L):
         super().__init__()
         before, rest = template.split("{}", 1)
         words = before.strip() or "a photo of a"
         if L:                                           # as CoOp's
             words, rest = " ".join(["x"] * L), "."
-        n = int((clip.tokenize(words)[0] > 0).sum()) - 2                # without <sot> and <eot>
+        n = int(clip.tokenize(words)[0].argmax()) - 1                   # between <sot> and <eot>
         tokens = clip.tokenize([f"{words} {c}{rest}" for c in class_names], truncate=True)
-        known = clip_model.token_embedding.weight.detach()              # (vocabulary, W)
-        tokens = tokens[:, :tokens.argmax(dim=1).max() + 1].to(known.device)    # (C, T), T: longest
-        emb = known[tokens]                                             # (C, T, W)
+        vectors = clip_model.token_embedding.weight.detach()            # most rows of tiny's are 0
+        tokens = tokens[:, :tokens.argmax(dim=1).max() + 1].to(vectors.device)  # (C, T), T: longest
+        emb = vectors[tokens]                                           # (C, T, W)
         start = emb[:1, 1:1 + n]                                        # (1, n, W), n: L if not 0
         noise = 0.01 * min(1.0, float(start.std()) / WORD_STD)
         if L:
-            start, noise = 0 * start, known[known.any(dim=1)].std()     # tiny lacks most words
-        self.ctx = nn.Parameter(start + noise * torch.randn_like(start))
-        self.register_buffer("token_prefix", emb[:, :1], persistent=False)      # (C, 1, W) <sot>
-        self.register_buffer("token_suffix", emb[:, 1 + n:], persistent=False)  # (C, T - n - 1, W)
+            start, noise = torch.zeros_like(start), vectors[vectors.any(dim=1)].std()
+        self.pos = nn.Parameter(start + noise * torch.randn_like(start))        # V+ (1, n, W)
+        self.neg = nn.Parameter(start + noise * torch.randn_like(start))        # V-
+        self.register_buffer("emb", emb, persistent=False)              # (C, T, W)
         self.register_buffer("eot", tokens.argmax(dim=1), persistent=False)     # (C,)
 
-    def forward(self):
-        """-> word vectors (C, T, W)."""
-        ctx = self.ctx.expand(len(self.eot), -1, -1)                    # (C, n, W)
-        return torch.cat([self.token_prefix, ctx, self.token_suffix], dim=1)
+    def forward(self, clip_model):
+        """-> t+ and t-, unit rows (C, D) in fp32, in one pass."""
+        V = torch.cat([self.pos, self.neg])[:, None]                    # (2, 1, n, W)
+        V, emb = V.expand(-1, len(self.emb), -1, -1), self.emb.expand(2, -1, -1, -1)
+        n = V.shape[2]                                                  # <sot> V class name <eot>
+        emb = torch.cat([emb[:, :, :1], V, emb[:, :, 1 + n:]], dim=2)   # (2, C, T, W)
+        t = clip_model.encode_text_embeddings(emb, self.eot, 1 + n)     # (2, C, D)
+        return F.normalize(t.float(), dim=-1).unbind()
 
 
 class Adapter(nn.Module):
@@ -226,8 +227,7 @@ class Student(nn.Module):
     and shared. args: peft, peft_size, ctx."""
     def __init__(self, clip_model, class_names, template, args):
         super().__init__()
-        self.pos = Prompt(clip_model, class_names, template, args.ctx)
-        self.neg = Prompt(clip_model, class_names, template, args.ctx)
+        self.texts = Prompts(clip_model, class_names, template, args.ctx)
         self.prompts = self.adapters = None             # one of them, see clip/model.py
         widths = clip_model.visual.adapter_widths       # of its blocks
         if args.peft == "vpt":                                          # VPT-deep, arXiv 2203.12119
@@ -235,13 +235,6 @@ class Student(nn.Module):
             self.prompts = nn.Parameter(0.02 * start)
         else:
             self.adapters = nn.ModuleList(Adapter(width, args.peft_size) for width in widths)
-
-    def texts(self, clip_model):
-        """t+ and t-, unit rows (C, D) in fp32, in one pass."""
-        emb = torch.stack([self.pos(), self.neg()])                     # (2, C, T, W)
-        shared = 1 + self.pos.ctx.shape[1]                              # <sot> [V_1] ... [V_n]
-        t = clip_model.encode_text_embeddings(emb, self.pos.eot, shared)        # (2, C, D)
-        return F.normalize(t.float(), dim=-1).unbind()
 
     def forward(self, clip_model, x, texts=None):
         """Images (B, 3, R, R), `texts` if they are at hand -> unit features f (B, D), l+ and l-
@@ -254,9 +247,9 @@ class Student(nn.Module):
     def param_groups(self, lr1, lr2):
         """(A4) What learns, and how fast."""
         light = [self.prompts] if self.adapters is None else list(self.adapters.parameters())
-        word = lr1 * float(self.pos.ctx.detach().std()) / WORD_STD
-        return [{"params": light, "lr": lr1}, {"params": [self.pos.ctx], "lr": word},
-                {"params": [self.neg.ctx], "lr": 10 * word}]
+        word = lr1 * float(self.texts.pos.detach().std()) / WORD_STD
+        return [{"params": light, "lr": lr1}, {"params": [self.texts.pos], "lr": word},
+                {"params": [self.texts.neg], "lr": 10 * word}]
 
 
 class FullModel(nn.Module):
@@ -290,17 +283,13 @@ def guess(job, table):
     """The posteriors that labels are taken from: p (2, N, H) as it is; (A2) balanced."""
     if "balance" not in job.added:
         return table.p
-    return torch.stack([balanced(p, index, len(job.dataset.class_names))
-                        for p, index in zip(table.p, table.index)])
+    return torch.stack([balanced(p, index, job.C) for p, index in zip(table.p, table.index)])
 
 
-def select_clean(number, p, table):
-    """What each student is taught after phase 1: labels y (2, N), and which are clean (2, N) bool.
-    Phase 2, section 3.2.2: the student's own labels of all images, by p (2, N, H), as the peer lets
-    them pass, p_clean_y > 1/2. Phase 3 (A7): all of them."""
+def select_clean(p, table):
+    """Section 3.2.2: the labels y (2, N) that each student gives all images, by p (2, N, H), and
+    which of them are clean (2, N) bool: those that the peer lets pass, p_clean_y > 1/2."""
     y = labels_of(p, table.index)                                               # (2, N)
-    if number == 3:                                     # (A7) phase 1's judges know less by now
-        return y, torch.ones_like(y, dtype=torch.bool)
     return y, at(table.p_clean.flip(0), table.index.flip(0), y) > 0.5
 
 
@@ -332,7 +321,7 @@ def start_phase(job, number, students, steps):
         optimizer = torch.optim.SGD(students.parameters(), args.lr1 if number == 1 else args.lr2,
                                     momentum=0.9, weight_decay=5e-4)    # frozen: no gradient
     return SimpleNamespace(
-        number=number, students=students, optimizer=optimizer, step=0,
+        number=number, students=students, optimizer=optimizer,
         forward=data.distributed(students, args.compile),       # averages gradients
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warm_cosine, total=steps)))
 
@@ -340,11 +329,11 @@ def start_phase(job, number, students, steps):
 def train_step(job, phase, batches, y, clean):
     """One step of both students, each on its own batch (x, i). y, clean (2, N): see train_phase.
     Returns what the log shows."""
-    scale, losses, C = job.scaler.get_scale(), [], len(job.dataset.class_names)
+    scale, losses = job.scaler.get_scale(), []
     phase.optimizer.zero_grad()
     for m, (x, i) in enumerate(batches):                                        # x (B, 3, R, R)
         i = data.gather(i)                              # of all processes
-        y_bar = complementary_labels(y[m, i], C)                                # (B,)
+        y_bar = complementary_labels(y[m, i], job.C)                            # (B,)
         target = [v.to(job.device) for v in (y[m, i], clean[m, i], y_bar)]
         with job.autocast():
             _, *l = phase.forward[m](job.clip_model, x)                         # l+, l- (B, C)
@@ -353,11 +342,10 @@ def train_step(job, phase, batches, y, clean):
         losses.append(loss.detach())
     job.scaler.step(phase.optimizer)                    # left out if fp16 overflowed,
     job.scaler.update()                                 # which lowers the scale
-    phase.step += 1
     skipped = job.scaler.get_scale() < scale
     if not skipped:
         phase.schedule.step()
-    return {"loss": sum(losses) / len(losses), "skipped": int(skipped)}
+    return {"loss": sum(losses) / 2, "skipped": int(skipped)}
 
 
 @torch.no_grad()
@@ -376,8 +364,8 @@ def crops_tell(job, model):
     """(A6) Whether the crops get all the weight, whatever A5 says: if the mutual information of
     image and class, entropy(mean over images of p) - mean of entropy(p), of a crop, on average over
     the five, is over 98 % of the plain image's. If not, crops cut objects off."""
-    images, C = data.some(job.dataset.train), len(job.dataset.class_names)
-    plain, p = job.train.dataset.transforms, torch.zeros(6, len(images), C)
+    images, plain = data.some(job.dataset.train), job.train.dataset.transforms
+    p = torch.zeros(6, len(images), job.C)
     for x, i in job.load(images.view(*plain)):                                  # (B, 3, R, R), (B,)
         with job.autocast():
             _, l, _ = model(job.clip_model, with_crops(x, 1.0))                 # (6 B, C)
@@ -390,15 +378,13 @@ def crops_tell(job, model):
 @torch.no_grad()
 def part_way(job, models, steps, loss, power=2):
     """(A5) Every weight of the models of phase 2 becomes start + far (learnt - start) (WiSE-FT,
-    arXiv 2109.01903), as in small folders wrong labels are learnt by heart. far is the product of
-        enough  (N / C - FEW) / 2, from 0 to 1
-        steps / WHOLE, at most 1
-    but no more than (2 exp(-loss))^power, which is below 1 where the mean probability of the labels
-    in the last epoch is below one half: not learnt, they only pull; and with K true labels a class
-    no less than K / (K + 1). Returns far."""
-    each = len(job.dataset.train) / len(job.dataset.class_names)
+    arXiv 2109.01903), as in small folders wrong labels are learnt by heart. far, which is returned,
+    is the product of steps / WHOLE and (N / C - FEW) / 2, each from 0 to 1. At most (2 p)^power, p
+    the geometric mean of what the labels of the last epoch got: those below 1/2 were not learnt,
+    they only pull. At least K / (K + 1) with K true labels a class."""
+    each = len(job.dataset.train) / job.C
     enough, K = min(1.0, max(0.0, (each - FEW) / 2)), job.args.shots
-    learnt = (2 * math.exp(-loss)) ** power
+    learnt = (2 * math.exp(-loss)) ** power             # loss: mean of -log p_y
     far = max(min(enough * min(1.0, steps / WHOLE), learnt), K / (K + 1))
     for me in models:
         for v, v0 in zip(me.parameters(), FullModel(job.full, job.W0, me.judge).parameters()):
@@ -414,7 +400,7 @@ def train_phase(job, number, students, weak, lesson, table):
     weak views. Returns the table and the models after it."""
     args, run, images = job.args, job.run, job.dataset.train
     first = run.state["epoch"] if run.state else 0      # --resume
-    loaders = [job.load(images.view(weak), shuffle=True, drop_last=True, epoch=first,
+    loaders = [job.load(images.view(weak), shuffle=True, epoch=first,
                         seed=4 * args.seed + 2 * number + m) for m in range(2)]
     epochs = (args.epochs1, args.epochs2, 2 * args.epochs2)[number - 1]
     steps = min(epochs * len(loaders[0]), args.max_steps or math.inf)
@@ -424,14 +410,14 @@ def train_phase(job, number, students, weak, lesson, table):
              "schedule": phase.schedule}
     if run.state:
         state = run.restore(parts)
-        phase.step, lesson, table = state["step"], state["lesson"], Table(*state["table"])
-        loss = state["loss"]
+        lesson, table = state["lesson"], Table(*state["table"])
     verdict = number == 1                               # later phase 1's p_clean stands
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(weak), epoch=first, seed=4 * args.seed + number)
     for epoch in range(first, epochs):
         if number > 1 and (epoch == 0 or number == 2 and "fresh" in job.added):     # (A3)
-            lesson = select_clean(number, guess(job, table), table)
+            y, clean = select_clean(guess(job, table), table)
+            lesson = y, clean | (number == 3)           # (A7) phase 1's judges know less by now
         y, clean = lesson                                                       # (2, N) each
         if args.shots:                                  # section 4.4: their true labels
             y[:, job.known], clean[:, job.known] = images.y_true[job.known], True
@@ -443,24 +429,24 @@ def train_phase(job, number, students, weak, lesson, table):
                 among += max(TIMES - 1, more) * job.known.tolist()
             loader.batch_sampler.among = among
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
-                                 f"phase {number} epoch {epoch + 1}/{epochs}", steps - phase.step):
+                                 f"phase {number} epoch {epoch + 1}/{epochs}",
+                                 steps - epoch * len(loaders[0])):
             run.rows.append(train_step(job, phase, batches, y, clean))
         means = run.means(f"--lr{min(number, 2)}")
-        loss = means["loss"]
-        n = epoch + 1 if "views" in job.added else 0    # (A1) looks in the running mean so far
-        # this look's weight in p (all before the phase is one look), in p_clean (later 0: it stays)
-        rate = 1 / (n + 1), verdict / max(1, n)
+        n = epoch + 1 if "views" in job.added else 0    # (A1) looks before this one
+        # this epoch's weight in p (all before the phase counts as one), in p_clean (later 0)
+        rate = 1 / (n + 1), 1 / max(1, n) if verdict else 0.0
         if number < 3:                                  # (A7) phase 3 keeps its table
             table = predict(job, phase.students, looks, verdict, table, rate)
         run.report(phase=number, epoch=epoch + 1, **means,
                    accuracy=test_accuracy(job, phase.students),
                    **diagnostics(table, lesson, images.y_true))
-        run.checkpoint(parts, phase=number, epoch=epoch + 1, step=phase.step, table=tuple(table),
-                       lesson=lesson, loss=loss)
+        run.checkpoint(parts, phase=number, epoch=epoch + 1, table=tuple(table), lesson=lesson)
     if number > 1:
         far = 1.0
         if "part" in job.added:                         # (A5); phase 3's labels are trusted: loss 0
-            far = part_way(job, phase.students, phase.step, loss if number == 2 else 0.0)
+            loss = run.lines[-1]["loss"] if number == 2 else 0.0
+            far = part_way(job, phase.students, steps, loss)
         if "crops" in job.added:                        # (A6) 1 by crops_tell, or A5's far
             job.crops = max(job.crops, far)
     return table, phase.students
@@ -473,9 +459,6 @@ class ZeroShot:
     def __init__(self, t0):
         self.t0 = t0
 
-    def texts(self, clip_model):
-        return self.t0, None
-
     def __call__(self, clip_model, x, texts=None):
         f = F.normalize(clip_model.encode_image(x).float(), dim=-1)             # (B, D)
         return f, logits(f, self.t0, clip_model.logit_scale.exp()), None
@@ -487,11 +470,11 @@ def predict(job, models, loader, verdict=True, before=None, rate=(1.0, 1.0), top
     """The `Table` of all images, on the CPU: softmax and, if verdict, their judges' p_clean (else
     1). mean: one table, of their means; crops: the share of over_views; top: H at most. before: the
     last table, which moves towards the new one at the `rate` of (p, p_clean)."""
-    judges = [getattr(me, "judge", me) for me in models]                        # phase 1: itself
+    judges = [getattr(me, "judge", me) if verdict else me for me in models]     # phase 1: itself
     with job.autocast():                                                        # (C, D) each
-        texts = [judge.texts(job.clip_model) for judge in judges]
-    M, C = 1 if mean else len(models), len(job.dataset.class_names)
-    p, p_clean = torch.zeros(2, M, loader.N, min(C, top))                       # (M, N, H) each
+        texts = [me.texts(job.clip_model) if isinstance(me, Student) else None for me in judges]
+    M = 1 if mean else len(models)
+    p, p_clean = torch.zeros(2, M, loader.N, min(job.C, top))                   # (M, N, H) each
     index = torch.zeros(p.shape, dtype=torch.int32)
     for x, i in loader:                                                         # (B, 3, R, R), (B,)
         x, says = with_crops(x, crops), []                                      # (V B, 3, R, R)
@@ -499,7 +482,7 @@ def predict(job, models, loader, verdict=True, before=None, rate=(1.0, 1.0), top
             with job.autocast():
                 _, l_pos, l_neg = me(job.clip_model, x, t)                      # (V B, C) each
                 now = l_pos.softmax(dim=1)
-                if verdict and me is not judge:
+                if me is not judge:
                     _, l_pos, l_neg = judge(job.clip_model, x, t)
             clean = log_p_clean(l_pos, l_neg)[0].exp() if verdict else torch.ones_like(now)
             says.append(torch.stack([over_views(v, len(i), crops) for v in (now, clean)]).cpu())
@@ -571,9 +554,7 @@ class Adapted(nn.Module):
 def load(path, device="cpu", weights=None, student=None):
     """The `Adapted` model of a run's model.pt; weights, student: its CLIP and --student's, if they
     lie elsewhere now. Raises data.DataError, clip.CLIPError."""
-    saved, clip_model, preprocess = data.read_model(path, "coft", weights, device)
-    other = data.second_clip(student or saved["student"], clip_model, saved["quick_gelu"])
-    return Adapted(saved, clip_model, other, preprocess)
+    return Adapted(*data.read_model(path, "coft", weights, device, student))
 
 
 def finish(job, models, zero=None):
@@ -600,22 +581,20 @@ def adapt(args):
     job = data.setup(args, SETTINGS[base] | {k: rates[k] for k in ("lr1", "lr2")})
     job.added = added
     run, dataset, clip_model, names = job.run, job.dataset, job.clip_model, job.dataset.class_names
-    # job has args, run, device, dataset, clip_model, load (batches of a view); here it also gets
-    # added, autocast, scaler, crops (A6), full, W0 (where W of Eq. 7 starts), known (--shots)
+    # job has args, run, device, dataset, C, clip_model, load (batches of a view), full (the CLIP
+    # that phase 2 tunes); also added, autocast, scaler, crops (A6), W0 (Eq. 7's start), known
     # mixed precision: weights stay fp32; fp16's small gradients need their loss scaled
     job.autocast = partial(torch.autocast, job.device.type, job.amp_dtype,
                            enabled=job.amp_dtype is not None, cache_enabled=False)  # --compile
     job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
     job.crops = job.saved["crops"] if args.load else 0.0
-    given = job.saved or vars(args)
-    other = job.full = data.second_clip(args.student or given["student"], clip_model,
-                                       given["quick_gelu"])
+    other = job.full                                    # --student's, or the same
     if args.load:
         return finish(job, Adapted(job.saved, clip_model, other).models)
     vit = hasattr(clip_model.visual, "transformer")
     args.peft = args.peft or ("vpt" if vit else "adapter")
-    if args.peft != "adapter" and not vit:
-        raise data.DataError(f"--peft {args.peft} needs a ViT; a ResNet takes --peft adapter")
+    if args.peft == "vpt" and not vit:
+        raise data.DataError("--peft vpt needs a ViT; a ResNet takes --peft adapter")
     job.known = args.shots and data.few_shot(dataset.train.y_true, args.shots, args.seed)   # (n,)
 
     # CLIP's own guesses, and the confident ones among them
@@ -633,7 +612,7 @@ def adapt(args):
     for n in range(views):
         table = predict(job, [ZeroShot(t0)], looks, False, table, (1 / (n + 1), 1.0))
     table = Table(*(torch.cat([v, v]) for v in table))                          # both students'
-    K = math.ceil(args.k if args.k >= 1 else max(16, args.k * len(dataset.train) / len(names)))
+    K = math.ceil(args.k if args.k >= 1 else max(16, args.k * len(dataset.train) / job.C))
     y, confident = pseudo_labels(guess(job, table)[0], table.index[0], len(names), K)   # (N,) each
     lesson = torch.stack([y, y]), torch.stack([confident, confident])           # for both students
 
@@ -641,10 +620,9 @@ def adapt(args):
     students = nn.ModuleList(Student(clip_model, names, dataset.templates[0], args)
                              for _ in range(2)).to(job.device)
     phases = (1, 2, 3) if args.student and "third" in added else (1, 2)         # (A7)
-    for number in phases:
+    for number in phases if args.epochs2 else (1,):
         job.full = other if number == phases[-1] else clip_model
-        done = run.state and run.state["phase"] > number
-        if done or number > 1 and not args.epochs2:
+        if run.state and run.state["phase"] > number:
             continue
         scale = clip_scale(job) if number > 1 and "start" in added else 1.0     # (A10)
         job.W0 = scale * starts[job.full]
@@ -652,7 +630,7 @@ def adapt(args):
             table = predict(job, models, job.train, crops=job.crops)            # (2, N, H) each
         table, models = train_phase(job, number, students, weak, lesson, table)
         if args.epochs1:                                # without, nobody judges
-            y, clean = (v[0] for v in select_clean(2, guess(job, table), table))    # (N,) each
+            y, clean = (v[0] for v in select_clean(guess(job, table), table))    # (N,) each
             data.pseudo_label_sheet(run.out / "pseudo_labels.png", dataset.train, names, y, clean,
                                     at(table.p_clean[1], table.index[1], y))
 
@@ -673,7 +651,7 @@ def parse(argv=None):
     add("--shots", type=int, default=0, metavar="K", help="labelled images per class (%(default)s)")
     add("--student", metavar="ARCH|FILE", type=data.on_disk, help="another CLIP, whose image "
         "encoder learns last and predicts")
-    add("--epochs1", type=int, help="of phase 1; 0: nothing is filtered")
+    add("--epochs1", type=int, help="of phase 1; 0: nothing is filtered, p_clean says nothing")
     add("--epochs2", type=int, help="of phase 2; 0 leaves it out; phase 3's are twice as many")
     add("--lr1", type=float, help="of prompts, light modules and (A4) the FC layer")
     add("--lr2", type=float, help="of the image encoder")

@@ -21,12 +21,12 @@ differently (A8); but one round and gamma 0: on its labels more rounds and the c
 won nothing (.ci/results.md). In their place (A9): an image encoder that is being adapted gathers
 the images of a class, whatever some of their labels say. So after phase 1, and again after a third
 of phase 2, each class gets a Gaussian in the features, and a label is the class with the largest
-density times the model's posterior; the peer's Gaussians, not its V-, call it clean. If after phase
-1 classes of equal size fit the features nearly as well as classes of any, the Gaussians label after
-each epoch of that third; if at its end equal sizes fit worse, (A2) stops. Later epochs add the
-models' own posteriors to the labels' running mean, and in the end the models predict by Gaussians
-too (A11): with few images most is won there. As that asks five crops anyway, their softmax weighs
-what A5 lets; coft.py's crops_tell was worth nothing here.
+density times the model's posterior; the peer's Gaussians, not its V-, call it clean. Likelihood
+decides whether classes are held to equal sizes (A2): if that costs little after phase 1, Gaussians
+label after each epoch of that third, else only at its end; if it costs much there, (A2) stops.
+Later epochs add the models' own posteriors to the labels' running mean, and in the end the models
+predict by Gaussians too (A11): with few images most is won there. As that asks five crops anyway,
+their softmax weighs what A5 lets; coft.py's crops_tell was worth nothing here.
 
 The paper does not say, so decided here, beyond coft.py: three rounds, gamma 0.1, temperature 0.1,
 mu 0.99 at most, a queue of half an epoch or 16 batches at most; classes without sentences get the
@@ -64,7 +64,7 @@ ADDITIONS = {
     "mix":     "A8 the template is one sentence more; FC layers and a student start there: adapt",
     "gauss":   "A9 phase 2's labels, verdicts: where the features crowd; needs A3: ask_density",
     "start":   "A10 the FC layer starts no softer than CLIP's posterior: clip_scale",
-    "head":    "A11 the models of phase 2 predict by the features' density too: fit_head",
+    "head":    "A11 phase 2's models predict by the features' density too; needs A6: fit_head",
 }
 VIEWS = 8           # (A1) of each image, for the first labels
 WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise were chosen
@@ -72,7 +72,7 @@ TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
 FEW = 4             # (A5), (A11) images a class from which nothing is learnt
 NATS = 0.8, 1.0     # (A9) nats an image that equal class sizes may cost: after phase 1, in phase 2
-BALL = 0.2          # (A9), (A11) share of a ball in the Gaussians' covariance, at most
+SHRINK = 0.2        # (A9), (A11) of the covariance at most this share is a multiple of I
 ROOT = 8            # (A11) the 8th root of the density: its D features are not independent
 FIT = 2**17         # (A9) to so many images, at most twice as many, Gaussians are fitted
 TIMES = 7           # (--shots) draws of a labelled image per draw of another, at least
@@ -185,35 +185,41 @@ def info_nce(q, k, queue, temperature=0.1):
 
 # ======== modules ========
 
-class Prompt(nn.Module):
-    """Eq. (2), (3): L learnable context vectors before each class name: [V_1] ... [V_L] cat. All
-    classes share them. They start from random words, as large as CLIP's; for L = 0 from the
-    template's words before the class name ("a photo of a" if there are none) and a little noise:
-    near CLIP's zero-shot classifier."""
+class Prompts(nn.Module):
+    """Eq. (2), (3): V+ and V-, each L learnable context vectors before each class name: [V_1] ...
+    [V_L] cat. All classes share them. They start from random words, as large as CLIP's; for L = 0
+    from the template's words before the class name ("a photo of a" if there are none) and a little
+    noise: near CLIP's zero-shot classifier."""
     def __init__(self, clip_model, class_names, template, L):
         super().__init__()
         before, rest = template.split("{}", 1)
         words = before.strip() or "a photo of a"
         if L:                                           # as CoOp's
             words, rest = " ".join(["x"] * L), "."
-        n = int((clip.tokenize(words)[0] > 0).sum()) - 2                # without <sot> and <eot>
+        n = int(clip.tokenize(words)[0].argmax()) - 1                   # between <sot> and <eot>
         tokens = clip.tokenize([f"{words} {c}{rest}" for c in class_names], truncate=True)
-        known = clip_model.token_embedding.weight.detach()              # (vocabulary, W)
-        tokens = tokens[:, :tokens.argmax(dim=1).max() + 1].to(known.device)    # (C, T), T: longest
-        emb = known[tokens]                                             # (C, T, W)
+        vectors = clip_model.token_embedding.weight.detach()            # most rows of tiny's are 0
+        tokens = tokens[:, :tokens.argmax(dim=1).max() + 1].to(vectors.device)  # (C, T), T: longest
+        emb = vectors[tokens]                                           # (C, T, W)
         start = emb[:1, 1:1 + n]                                        # (1, n, W), n: L if not 0
         noise = 0.01 * min(1.0, float(start.std()) / WORD_STD)
         if L:
-            start, noise = 0 * start, known[known.any(dim=1)].std()     # tiny lacks most words
-        self.ctx = nn.Parameter(start + noise * torch.randn_like(start))
-        self.register_buffer("token_prefix", emb[:, :1], persistent=False)      # (C, 1, W) <sot>
-        self.register_buffer("token_suffix", emb[:, 1 + n:], persistent=False)  # (C, T - n - 1, W)
+            start, noise = torch.zeros_like(start), vectors[vectors.any(dim=1)].std()
+        self.pos = nn.Parameter(start + noise * torch.randn_like(start))        # V+ (1, n, W)
+        self.neg = nn.Parameter(start + noise * torch.randn_like(start))        # V-
+        self.register_buffer("emb", emb, persistent=False)              # (C, T, W)
         self.register_buffer("eot", tokens.argmax(dim=1), persistent=False)     # (C,)
+        self.register_buffer("shift", torch.zeros(len(class_names), clip_model.visual.output_dim))
+        # (A8) from the template's texts to t0, of one student
 
-    def forward(self):
-        """-> word vectors (C, T, W)."""
-        ctx = self.ctx.expand(len(self.eot), -1, -1)                    # (C, n, W)
-        return torch.cat([self.token_prefix, ctx, self.token_suffix], dim=1)
+    def forward(self, clip_model):
+        """-> t+ and t-, unit rows (C, D) in fp32, in one pass."""
+        V = torch.cat([self.pos, self.neg])[:, None]                    # (2, 1, n, W)
+        V, emb = V.expand(-1, len(self.emb), -1, -1), self.emb.expand(2, -1, -1, -1)
+        n = V.shape[2]                                                  # <sot> V class name <eot>
+        emb = torch.cat([emb[:, :, :1], V, emb[:, :, 1 + n:]], dim=2)   # (2, C, T, W)
+        t = clip_model.encode_text_embeddings(emb, self.eot, 1 + n)     # (2, C, D)
+        return F.normalize(F.normalize(t.float(), dim=-1) + self.shift, dim=-1).unbind()
 
 
 class Adapter(nn.Module):
@@ -250,12 +256,10 @@ class Keys(nn.Module):
 
 class Student(nn.Module):
     """One of the two models of phase 1: V+, V- and the light visual modules. CLIP itself is frozen
-    and shared. args: peft, peft_size, ctx. (A8) shift: from the template's texts to t0."""
+    and shared. args: peft, peft_size, ctx."""
     def __init__(self, clip_model, class_names, template, args):
         super().__init__()
-        self.pos = Prompt(clip_model, class_names, template, args.ctx)
-        self.neg = Prompt(clip_model, class_names, template, args.ctx)
-        self.register_buffer("shift", torch.zeros(len(class_names), clip_model.visual.output_dim))
+        self.texts = Prompts(clip_model, class_names, template, args.ctx)
         self.prompts = self.adapters = None             # one of them, see clip/model.py
         widths = clip_model.visual.adapter_widths       # of its blocks
         if args.peft == "vpt":                                          # VPT-deep, arXiv 2203.12119
@@ -263,13 +267,6 @@ class Student(nn.Module):
             self.prompts = nn.Parameter(0.02 * start)
         else:
             self.adapters = nn.ModuleList(Adapter(width, args.peft_size) for width in widths)
-
-    def texts(self, clip_model):
-        """t+ and t-, unit rows (C, D) in fp32, in one pass."""
-        emb = torch.stack([self.pos(), self.neg()])                     # (2, C, T, W)
-        shared = 1 + self.pos.ctx.shape[1]                              # <sot> [V_1] ... [V_n]
-        t = clip_model.encode_text_embeddings(emb, self.pos.eot, shared)        # (2, C, D)
-        return F.normalize(F.normalize(t.float(), dim=-1) + self.shift, dim=-1).unbind()
 
     def forward(self, clip_model, x, texts=None):
         """Images (B, 3, R, R), `texts` if they are at hand -> unit features f (B, D), l+ and l-
@@ -282,9 +279,9 @@ class Student(nn.Module):
     def param_groups(self, lr1, lr2):
         """(A4) What learns, and how fast."""
         light = [self.prompts] if self.adapters is None else list(self.adapters.parameters())
-        word = lr1 * float(self.pos.ctx.detach().std()) / WORD_STD
-        return [{"params": light, "lr": lr1}, {"params": [self.pos.ctx], "lr": word},
-                {"params": [self.neg.ctx], "lr": 10 * word}]
+        word = lr1 * float(self.texts.pos.detach().std()) / WORD_STD
+        return [{"params": light, "lr": lr1}, {"params": [self.texts.pos], "lr": word},
+                {"params": [self.texts.neg], "lr": 10 * word}]
 
 
 class FullModel(nn.Module):
@@ -320,25 +317,20 @@ def guess(job, table):
     """The posteriors that labels are taken from: p (2, N, H) as it is; (A2) balanced."""
     if "balance" not in job.added:
         return table.p
-    return torch.stack([balanced(p, index, len(job.dataset.class_names))
-                        for p, index in zip(table.p, table.index)])
+    return torch.stack([balanced(p, index, job.C) for p, index in zip(table.p, table.index)])
 
 
 def next_labels(job, table):
     """Section 3.3.1: a round's y and S*, (2, N) each, of each student its own."""
-    C = len(job.dataset.class_names)
-    y, confident = zip(*(pseudo_labels(p, index, C, job.K)
+    y, confident = zip(*(pseudo_labels(p, index, job.C, job.K)
                          for p, index in zip(guess(job, table), table.index)))
     return torch.stack(y), torch.stack(confident)
 
 
-def select_clean(number, p, table):
-    """What each student is taught after phase 1: labels y (2, N), and which are clean (2, N) bool.
-    Phase 2, section 3.2.2: the student's own labels of all images, by p (2, N, H), as the peer lets
-    them pass, p_clean_y > 1/2. Phase 3 (A7): all of them."""
+def select_clean(p, table):
+    """Section 3.2.2: the labels y (2, N) that each student gives all images, by p (2, N, H), and
+    which of them are clean (2, N) bool: those that the peer lets pass, p_clean_y > 1/2."""
     y = labels_of(p, table.index)                                               # (2, N)
-    if number == 3:                                     # (A7) phase 1's judges know less by now
-        return y, torch.ones_like(y, dtype=torch.bool)
     return y, at(table.p_clean.flip(0), table.index.flip(0), y) > 0.5
 
 
@@ -372,7 +364,7 @@ def start_phase(job, number, students, steps):
     Q = args.batch_size * math.ceil(min(16, len(job.dataset.train) / 2 / args.batch_size))
     keys = [Keys(me.visual, Q) for me in students] if number == 2 and args.gamma else []
     return SimpleNamespace(
-        number=number, students=students, optimizer=optimizer, step=0,
+        number=number, students=students, optimizer=optimizer,
         keys=nn.ModuleList(keys).to(job.device),
         forward=data.distributed(students, args.compile),       # averages gradients
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warm_cosine, total=steps)))
@@ -381,12 +373,11 @@ def start_phase(job, number, students, steps):
 def train_step(job, phase, batches, y, clean):
     """One step of both students, each on its own batch (x, x_key, i) or (x, i). y, clean (2, N):
     see train_phase. Returns what the log shows."""
-    scale, C = job.scaler.get_scale(), len(job.dataset.class_names)
-    losses, contrasts = [], []
+    scale, losses, contrasts = job.scaler.get_scale(), [], []
     phase.optimizer.zero_grad()
     for m, (x, *x_key, i) in enumerate(batches):                                # x (B, 3, R, R)
         i = data.gather(i)                              # of all processes
-        y_bar = complementary_labels(y[m, i], C)                                # (B,)
+        y_bar = complementary_labels(y[m, i], job.C)                            # (B,)
         target = [v.to(job.device) for v in (y[m, i], clean[m, i], y_bar)]
         with job.autocast():
             v, *l = phase.forward[m](job.clip_model, x)                 # (B, D); l+, l- (B, C)
@@ -404,14 +395,14 @@ def train_step(job, phase, batches, y, clean):
         job.scaler.scale(data.world_size() * loss).backward()       # DDP takes the mean
     job.scaler.step(phase.optimizer)                    # left out if fp16 overflowed,
     job.scaler.update()                                 # which lowers the scale
-    phase.step += 1
     skipped = job.scaler.get_scale() < scale
     if not skipped:
         phase.schedule.step()
+        n = phase.schedule.last_epoch                   # steps so far
         for keys, student in zip(phase.keys, phase.students):
-            keys.follow(student.visual, min(0.99, phase.step / (phase.step + 9)))
-    contrast = {"contrast": sum(contrasts) / len(contrasts)} if contrasts else {}
-    return {"loss": sum(losses) / len(losses), **contrast, "skipped": int(skipped)}
+            keys.follow(student.visual, min(0.99, n / (n + 9)))
+    contrast = {"contrast": sum(contrasts) / 2} if phase.keys else {}
+    return {"loss": sum(losses) / 2, **contrast, "skipped": int(skipped)}
 
 
 @torch.no_grad()
@@ -428,15 +419,13 @@ def clip_scale(job):
 @torch.no_grad()
 def part_way(job, models, steps, loss, power=2):
     """(A5) Every weight of the models of phase 2 becomes start + far (learnt - start) (WiSE-FT,
-    arXiv 2109.01903), as in small folders wrong labels are learnt by heart. far is the product of
-        enough  (N / C - FEW) / 2, from 0 to 1
-        steps / WHOLE, at most 1
-    but no more than (2 exp(-loss))^power, which is below 1 where the mean probability of the labels
-    in the last epoch is below one half: not learnt, they only pull; and with K true labels a class
-    no less than K / (K + 1). Returns far."""
-    each = len(job.dataset.train) / len(job.dataset.class_names)
+    arXiv 2109.01903), as in small folders wrong labels are learnt by heart. far, which is returned,
+    is the product of steps / WHOLE and (N / C - FEW) / 2, each from 0 to 1. At most (2 p)^power, p
+    the geometric mean of what the labels of the last epoch got: those below 1/2 were not learnt,
+    they only pull. At least K / (K + 1) with K true labels a class."""
+    each = len(job.dataset.train) / job.C
     enough, K = min(1.0, max(0.0, (each - FEW) / 2)), job.args.shots
-    learnt = (2 * math.exp(-loss)) ** power
+    learnt = (2 * math.exp(-loss)) ** power             # loss: mean of -log p_y
     far = max(min(enough * min(1.0, steps / WHOLE), learnt), K / (K + 1))
     for me in models:
         for v, v0 in zip(me.parameters(), FullModel(job.full, job.W0, me.judge).parameters()):
@@ -453,7 +442,7 @@ def train_phase(job, number, round, students, weak, lesson, table):
     args, run, images = job.args, job.run, job.dataset.train
     first = run.state["epoch"] if run.state else 0      # --resume
     views = [weak, weak] if number == 2 and args.gamma else [weak]      # Eq. 8 compares two
-    loaders = [job.load(images.view(*views), shuffle=True, drop_last=True, epoch=first,
+    loaders = [job.load(images.view(*views), shuffle=True, epoch=first,
                         seed=4 * args.seed + 2 * number + m + 1000 * round) for m in range(2)]
     epochs = (args.epochs1, args.epochs2, 2 * args.epochs2)[number - 1]
     steps = min(epochs * len(loaders[0]), args.max_steps or math.inf)
@@ -461,24 +450,22 @@ def train_phase(job, number, round, students, weak, lesson, table):
     phase = start_phase(job, number, students, max(1, steps))
     parts = {"scaler": job.scaler, "students": phase.students, "optimizer": phase.optimizer,
              "schedule": phase.schedule, "keys": phase.keys}
-    early = False       # (A9) whether classes seem equally large before phase 2
+    third, asked = math.ceil(epochs / 3), []            # (A9) after which epochs Gaussians speak
     if run.state:
         state = run.restore(parts)
-        phase.step, lesson, table = state["step"], state["lesson"], Table(*state["table"])
-        loss = state["loss"]
-        job.added, early = set(state["added"]), state["early"]
+        lesson, table = state["lesson"], Table(*state["table"])
+        job.added, asked = set(state["added"]), state["asked"]
+    elif number == 2 and {"gauss", "fresh"} <= job.added:       # once in the features of phase 1
+        table, early = ask_density(job, students, table, 1 / 2, NATS[0])
+        asked = [*range(1 if early else third, third + 1)]
     verdict = number == 1                               # later phase 1's p_clean stands, or A9's
-    third, asked = math.ceil(epochs / 3), []            # (A9) after which epochs Gaussians speak
-    if number == 2 and {"gauss", "fresh"} <= job.added:
-        if not first:                                   # and once in the features of phase 1
-            table, early = ask_density(job, students, table, 1 / 2, NATS[0])
-        asked = range(1 if early else third, third + 1)
     seen = first - sum(epoch <= first for epoch in asked)       # looks so far: none where asked
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(weak), epoch=seen, seed=4 * args.seed + number + 1000 * round)
     for epoch in range(first, epochs):
         if number > 1 and (epoch == 0 or number == 2 and "fresh" in job.added):     # (A3)
-            lesson = select_clean(number, guess(job, table), table)
+            y, clean = select_clean(guess(job, table), table)
+            lesson = y, clean | (number == 3)           # (A7) phase 1's judges know less by now
         y, clean = lesson                                                       # (2, N) each
         if args.shots:                                  # section 4.4: their true labels
             y[:, job.known], clean[:, job.known] = images.y_true[job.known], True
@@ -491,13 +478,12 @@ def train_phase(job, number, round, students, weak, lesson, table):
             loader.batch_sampler.among = among if args.shots or not phase.keys else []
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
                                  f"phase {number} round {round + 1} epoch {epoch + 1}/{epochs}",
-                                 steps - phase.step):
+                                 steps - epoch * len(loaders[0])):
             run.rows.append(train_step(job, phase, batches, y, clean))
         means = run.means(f"--lr{min(number, 2)}")
-        loss = means["loss"]
-        n = epoch + 1 if "views" in job.added else 0    # (A1) looks in the running mean so far
-        # this look's weight in p (all before the phase is one look), in p_clean (later 0: it stays)
-        rate = 1 / (n + 1), verdict / max(1, n)
+        n = epoch + 1 if "views" in job.added else 0    # (A1) looks before this one
+        # this epoch's weight in p (all before the phase counts as one), in p_clean (later 0)
+        rate = 1 / (n + 1), 1 / max(1, n) if verdict else 0.0
         if epoch + 1 in asked:
             table, even = ask_density(job, phase.students, table, rate[0], NATS[1])
             if epoch + 1 == third and "balance" in job.added and not even:
@@ -508,19 +494,17 @@ def train_phase(job, number, round, students, weak, lesson, table):
         run.report(phase=number, round=round + 1, epoch=epoch + 1, **means,
                    accuracy=test_accuracy(job, phase.students),
                    **diagnostics(table, lesson, images.y_true))
-        run.checkpoint(parts, phase=number, round=round, epoch=epoch + 1, step=phase.step,
-                       table=tuple(table), lesson=lesson, loss=loss, added=sorted(job.added),
-                       early=early)
+        run.checkpoint(parts, phase=number, round=round, epoch=epoch + 1, table=tuple(table),
+                       lesson=lesson, added=sorted(job.added), asked=asked)
     if number > 1:
         far = 1.0
         if "part" in job.added:                         # (A5); phase 3's labels are trusted: loss 0
             power = 4 if "head" in job.added else 2     # (A11) makes up for what is not learnt
-            far = part_way(job, phase.students, phase.step, loss if number == 2 else 0.0, power)
+            loss = run.lines[-1]["loss"] if number == 2 else 0.0
+            far = part_way(job, phase.students, steps, loss, power)
         job.crops = far * ("crops" in job.added)        # (A6) as far as they have left CLIP
-        enough = len(images) > FEW * len(job.dataset.class_names)
-        if enough and "head" in job.added:              # from fewer no Gaussian can be fitted
-            fit_head(job, phase.students, table.index)                          # (A11)
-            job.crops = max(job.crops, 1e-9)            # not 0: its features are means over crops
+        if job.crops and "head" in job.added and len(images) > FEW * job.C:    # (A11) not of fewer
+            fit_head(job, phase.students, table.index)
     return table, phase.students
 
 
@@ -542,7 +526,7 @@ def gaussians(f, q, index, C):
     cov = cov / N - (mean * size / N).T @ mean
     mean = mean.lerp((mean * size).sum(dim=0) / N, (1 - size).clamp(min=0))     # of hardly an image
     ball = cov.diagonal().mean().clamp(min=1e-5 * (N + D) / D) * torch.eye(D, device=device)
-    part = min(BALL, D / (N + D))                               # the fewer images, the rounder
+    part = min(SHRINK, D / (N + D))                             # the more, the fewer images
     root = torch.linalg.cholesky(cov.lerp(ball, part))                          # (D, D)
     W = torch.cholesky_solve(mean.T, root).T                                    # (C, D)
     return W, -(W * mean).sum(dim=1) / 2, root
@@ -566,23 +550,21 @@ def by_density(q, index, p, f, C, nats):
     large folder. Classes are held to the same size (A2) if that costs less than so many nats of
     likelihood an image. q, index, p (N, H), f (N, D). Returns the new q (N, H), whether they were
     held, and W, b of `gaussians`."""
-    n = max(1, len(f) // FIT)
+    some = slice(None, None, max(1, len(f) // FIT))
 
     def times(prior, d, index, held):
         p = (prior.clamp(min=1e-9).log() + d).softmax(dim=1)                    # (N, H)
         return balanced(p, index, C) if held else p
 
     def em(held):
-        some = index[::n]                                                       # (N / n, H)
-        now = times(q[::n], 0.0, some, held)
+        prior, d = q[some], 0.0
         for _ in range(3):
-            fit = gaussians(f[::n], now, some, C)
-            d = log_density(f[::n], some, *fit)                                 # (N / n, H)
-            now = times(p[::n], d, some, held)
+            fit = gaussians(f[some], times(prior, d, index[some], held), index[some], C)
+            prior, d = p[some], log_density(f[some], index[some], *fit)         # (N / n, H) each
         return fit, float(d.logsumexp(dim=1).mean())
 
-    (free, above), (held, below) = em(False), em(True)
-    even = data.broadcast_from_rank0(lambda: above - below < nats)      # GPUs differ in rounding
+    (free, ll_free), (held, ll_held) = em(False), em(True)              # mean log-likelihoods
+    even = data.broadcast_from_rank0(lambda: ll_free - ll_held < nats)  # GPUs differ in rounding
     W, b, root = held if even else free
     return times(p, log_density(f, index, W, b, root), index, even), even, (W, b)
 
@@ -610,8 +592,8 @@ def features(job, model, index):
 def ask_density(job, models, table, rate, nats):
     """The table after the Gaussians were asked: p moves towards their posterior at `rate`, p_clean
     is it. And whether both models' classes were held to the same size: see by_density."""
-    C, nats = len(job.dataset.class_names), nats if "balance" in job.added else -math.inf
-    q, held, _ = zip(*(by_density(q, index, *features(job, me, index), C, nats)
+    nats = nats if "balance" in job.added else -math.inf
+    q, held, _ = zip(*(by_density(q, index, *features(job, me, index), job.C, nats)
                        for me, q, index in zip(models, table.p, table.index)))
     q = torch.stack(q)                                                          # (2, N, H)
     return table._replace(p=table.p.lerp(q, rate), p_clean=q), all(held)
@@ -621,10 +603,10 @@ def ask_density(job, models, table, rate, nats):
 def fit_head(job, models, index):
     """(A11) The Gaussians that the models of phase 2 predict by, after part_way. EM starts from
     what they say of the training images, classes index (2, N, H)."""
-    C, nats = len(job.dataset.class_names), NATS[1] if "balance" in job.added else -math.inf
+    nats = NATS[1] if "balance" in job.added else -math.inf
     for me, k in zip(models, index):
         p, f = features(job, me, k)
-        _, _, (W, b) = by_density(p, k, p, f, C, nats)
+        _, _, (W, b) = by_density(p, k, p, f, job.C, nats)
         me.gauss_W.copy_(W / ROOT)
         me.gauss_b.copy_(b / ROOT)
 
@@ -647,9 +629,6 @@ class ZeroShot:
     def __init__(self, t0):
         self.t0 = t0
 
-    def texts(self, clip_model):
-        return self.t0, None
-
     def __call__(self, clip_model, x, texts=None):
         f = F.normalize(clip_model.encode_image(x).float(), dim=-1)             # (B, D)
         return f, logits(f, self.t0, clip_model.logit_scale.exp()), None
@@ -661,11 +640,11 @@ def predict(job, models, loader, verdict=True, before=None, rate=(1.0, 1.0), top
     """The `Table` of all images, on the CPU: softmax and, if verdict, their judges' p_clean (else
     1). mean: one table, of their means; crops: the share of over_views; top: H at most. before: the
     last table, which moves towards the new one at the `rate` of (p, p_clean)."""
-    judges = [getattr(me, "judge", me) for me in models]                        # phase 1: itself
+    judges = [getattr(me, "judge", me) if verdict else me for me in models]     # phase 1: itself
     with job.autocast():                                                        # (C, D) each
-        texts = [judge.texts(job.clip_model) for judge in judges]
-    M, C = 1 if mean else len(models), len(job.dataset.class_names)
-    p, p_clean = torch.zeros(2, M, loader.N, min(C, top))                       # (M, N, H) each
+        texts = [me.texts(job.clip_model) if isinstance(me, Student) else None for me in judges]
+    M = 1 if mean else len(models)
+    p, p_clean = torch.zeros(2, M, loader.N, min(job.C, top))                   # (M, N, H) each
     index = torch.zeros(p.shape, dtype=torch.int32)
     for x, i in loader:                                                         # (B, 3, R, R), (B,)
         x, says = with_crops(x, crops), []                                      # (V B, 3, R, R)
@@ -673,7 +652,7 @@ def predict(job, models, loader, verdict=True, before=None, rate=(1.0, 1.0), top
             with job.autocast():
                 v, l_pos, l_neg = me(job.clip_model, x, t)          # (V B, D), (V B, C) each
                 now = posterior(me, v, l_pos, len(i), crops)                    # (B, C)
-                if verdict and me is not judge:
+                if me is not judge:
                     _, l_pos, l_neg = judge(job.clip_model, x, t)
             clean = (over_views(log_p_clean(l_pos, l_neg)[0].exp(), len(i), crops) if verdict
                      else torch.ones_like(now))
@@ -747,9 +726,7 @@ class Adapted(nn.Module):
 def load(path, device="cpu", weights=None, student=None):
     """The `Adapted` model of a run's model.pt; weights, student: its CLIP and --student's, if they
     lie elsewhere now. Raises data.DataError, clip.CLIPError."""
-    saved, clip_model, preprocess = data.read_model(path, "coft_plus", weights, device)
-    other = data.second_clip(student or saved["student"], clip_model, saved["quick_gelu"])
-    return Adapted(saved, clip_model, other, preprocess)
+    return Adapted(*data.read_model(path, "coft_plus", weights, device, student))
 
 
 def finish(job, models, zero=None):
@@ -801,22 +778,20 @@ def adapt(args):
     job = data.setup(args, SETTINGS[base] | {k: rates[k] for k in ("lr1", "lr2")})
     job.added = added
     run, dataset, clip_model, names = job.run, job.dataset, job.clip_model, job.dataset.class_names
-    # job has args, run, device, dataset, clip_model, load (batches of a view); here it also gets
-    # added, autocast, scaler, crops (A6), full, W0 (where W of Eq. 7 starts), known (--shots), K
+    # job has args, run, device, dataset, C, clip_model, load (batches of a view), full (the CLIP
+    # that phase 2 tunes); also added, autocast, scaler, crops (A6), W0 (Eq. 7's start), known, K
     # mixed precision: weights stay fp32; fp16's small gradients need their loss scaled
     job.autocast = partial(torch.autocast, job.device.type, job.amp_dtype,
                            enabled=job.amp_dtype is not None, cache_enabled=False)  # --compile
     job.scaler = torch.amp.GradScaler(job.device.type, enabled=job.amp_dtype == torch.float16)
     job.crops = job.saved["crops"] if args.load else 0.0
-    given = job.saved or vars(args)
-    other = job.full = data.second_clip(args.student or given["student"], clip_model,
-                                       given["quick_gelu"])
+    other = job.full                                    # --student's, or the same
     if args.load:
         return finish(job, Adapted(job.saved, clip_model, other).models)
     vit = hasattr(clip_model.visual, "transformer")
     args.peft = args.peft or ("vpt" if vit else "adapter")
-    if args.peft != "adapter" and not vit:
-        raise data.DataError(f"--peft {args.peft} needs a ViT; a ResNet takes --peft adapter")
+    if args.peft == "vpt" and not vit:
+        raise data.DataError("--peft vpt needs a ViT; a ResNet takes --peft adapter")
     job.known = args.shots and data.few_shot(dataset.train.y_true, args.shots, args.seed)   # (n,)
 
     # CLIP's own guesses, helped by sentences, and the confident ones among them
@@ -839,23 +814,22 @@ def adapt(args):
     for n in range(views):
         table = predict(job, [ZeroShot(t0)], looks, False, table, (1 / (n + 1), 1.0))
     table = Table(*(torch.cat([v, v]) for v in table))                          # both students'
-    job.K = math.ceil(args.k if args.k >= 1 else max(16, args.k * len(dataset.train) / len(names)))
+    job.K = math.ceil(args.k if args.k >= 1 else max(16, args.k * len(dataset.train) / job.C))
 
     # two students, which differ in their random numbers, learn from each other
     phases = [(1, round) for round in range(args.rounds)] + [(2, 0)]
     if args.student and "third" in added:                                       # (A7)
         phases.append((3, 0))
-    for number, round in phases:
+    for number, round in phases if args.epochs2 else phases[:args.rounds]:
         job.full = other if number == phases[-1][0] else clip_model
         if number == 1:                                 # section 3.3.1: each round starts anew
             students = nn.ModuleList(Student(clip_model, names, dataset.templates[0], args)
                                      for _ in range(2)).to(job.device)
             if "mix" in added:                          # (A8) students that err differently
-                template = [texts[:1] for texts in prompts]             # where a student starts
-                students[1].shift.copy_(t0 - clip.zeroshot_classifier(clip_model, template))
+                template = [row[:1] for row in prompts]                 # where a student starts
+                students[1].texts.shift.copy_(t0 - clip.zeroshot_classifier(clip_model, template))
             lesson = next_labels(job, table)            # (2, N) each; --resume has others
-        done = run.state and (run.state["phase"], run.state["round"]) > (number, round)
-        if done or number > 1 and not args.epochs2:
+        if run.state and (run.state["phase"], run.state["round"]) > (number, round):
             continue
         scale = clip_scale(job) if number > 1 and "start" in added else 1.0     # (A10)
         job.W0 = scale * starts[job.full]
@@ -863,7 +837,7 @@ def adapt(args):
             table = predict(job, models, job.train, crops=job.crops)            # (2, N, H) each
         table, models = train_phase(job, number, round, students, weak, lesson, table)
         if args.epochs1:                                # without, V- judges nothing
-            y, clean = (v[0] for v in select_clean(2, guess(job, table), table))    # (N,) each
+            y, clean = (v[0] for v in select_clean(guess(job, table), table))    # (N,) each
             data.pseudo_label_sheet(run.out / "pseudo_labels.png", dataset.train, names, y, clean,
                                     at(table.p_clean[1], table.index[1], y))
 
@@ -887,7 +861,7 @@ def parse(argv=None):
     add("--shots", type=int, default=0, metavar="K", help="labelled images per class (%(default)s)")
     add("--student", metavar="ARCH|FILE", type=data.on_disk, help="another CLIP, whose image "
         "encoder learns last and predicts")
-    add("--epochs1", type=int, help="of each round of phase 1; 0: V- judges nothing")
+    add("--epochs1", type=int, help="of each round of phase 1; 0: V- judges nothing, nor p_clean")
     add("--epochs2", type=int, help="of phase 2; 0 leaves it out; phase 3's are twice as many")
     add("--lr1", type=float, help="of prompts, light modules and (A4) the FC layer")
     add("--lr2", type=float, help="of the image encoder")

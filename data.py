@@ -267,15 +267,13 @@ class EpochSampler(Sampler):
     """The batches of each epoch, lists of (index, seed), from (seed, epoch) alone. Of several
     processes each takes its shard of every batch if shuffled, else of the images (for tables).
     `among`: the images that a shuffled epoch of unchanged length draws from; empty: all."""
-    def __init__(self, n, batch_size, shuffle=False, seed=0, epoch=0, drop_last=False):
+    def __init__(self, n, batch_size, shuffle=False, seed=0, epoch=0):
         self.n, self.shuffle, self.seed, self.epoch = n, shuffle, seed, epoch
         self.batch_size = batch_size if shuffle else max(1, batch_size // world_size())
         self.among = []
-        self.used = n if shuffle else len(shard(range(n)))
-        if drop_last:                                   # but leave a batch
-            self.used -= n % (batch_size if n >= batch_size else world_size())
-        if shuffle and not self.used:
-            raise DataError(f"{n} images are too few for {world_size()} processes")
+        self.used = len(shard(range(n)))
+        if shuffle:                                     # whole batches, but leave one
+            self.used = n - n % (batch_size if n >= batch_size else world_size())
 
     def __len__(self):
         return math.ceil(self.used / self.batch_size)
@@ -299,13 +297,13 @@ class EpochSampler(Sampler):
 class DeviceLoader(DataLoader):
     """Batches (x1, x2, ..., index) of a view of N images: the x normalised floats (B, 3, R, R) on
     the device, index (B,) on the CPU. What crosses from the loader's processes is uint8. Give
-    `epoch` where a run resumes. drop_last drops nothing where that would leave no batch."""
-    def __init__(self, view, batch_size, shuffle=False, seed=0, workers=0, device="cpu",
-                 drop_last=False, epoch=0, pin=True):
+    `epoch` where a run resumes."""
+    def __init__(self, view, batch_size, shuffle=False, seed=0, workers=0, device="cpu", epoch=0,
+                 pin=True):
         self.N, self.device = len(view), torch.device(device)
         super().__init__(
             view, num_workers=workers, worker_init_fn=worker_init,
-            batch_sampler=EpochSampler(self.N, batch_size, shuffle, seed, epoch, drop_last),
+            batch_sampler=EpochSampler(self.N, batch_size, shuffle, seed, epoch),
             pin_memory=pin and self.device.type == "cuda",
             persistent_workers=shuffle and workers > 0,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
@@ -775,7 +773,8 @@ def setup(args, settings={}):
     if args.load and args.classes:
         raise DataError("--load: the classes are the model's, leave out --classes")
     if args.load:                                       # its classes and its CLIP
-        saved, clip_model, _ = read_model(args.load, args.script, args.weights, device)
+        saved, clip_model, full, _ = read_model(args.load, args.script, args.weights, device,
+                                                vars(args).get("student"))
     dataset = broadcast_from_rank0(load, args.data, args.classes, args.template,
                                    saved and saved["class_names"])
     weights = args.weights or args.arch or ("tiny" if dataset.name == "demo" else "ViT-B/16")
@@ -783,6 +782,7 @@ def setup(args, settings={}):
         if world_size() > 1:                            # perhaps one downloads it, for all
             broadcast_from_rank0(lambda: bool(clip.load(weights)))
         clip_model, _ = clip.load(weights, device=device, quick_gelu=args.quick_gelu)
+        full = second_clip(vars(args).get("student"), clip_model, args.quick_gelu)
     if args.weights and args.arch:
         clip.check_architecture(clip_model, args.arch)
     for flag, values in settings.items():
@@ -814,9 +814,10 @@ def setup(args, settings={}):
     train = load_view(dataset.train.view(plain))
     test = train if dataset.test is dataset.train else load_view(dataset.test.view(plain))
     return SimpleNamespace(
-        args=args, device=device, dataset=dataset, clip_model=clip_model.requires_grad_(False),
-        clip_name=weights, run=run, load=load_view, train=train,
-        test=test, saved=saved, amp_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp))
+        args=args, device=device, dataset=dataset, C=len(dataset.class_names),
+        clip_model=clip_model.requires_grad_(False), clip_name=weights, full=full, run=run,
+        load=load_view, train=train, test=test, saved=saved,
+        amp_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp))
 
 
 def second_clip(name, clip_model, quick_gelu):
@@ -1278,7 +1279,7 @@ def export_clip(job, model):
     return t
 
 
-def read_model(path, script, weights, device):
+def read_model(path, script, weights, device, student=None):
     """What a run of `script` left in model.pt; the CLIP that it started from, and its preprocess.
     weights: a file of that CLIP, or None: where the run found it. DataError if they do not fit."""
     try:
@@ -1292,7 +1293,8 @@ def read_model(path, script, weights, device):
     if clip.fingerprint(model) != saved["sha256"]:
         raise DataError(f"the model was adapted from another CLIP: {saved['clip']}, SHA-256 of its "
                         f"weights {saved['sha256']}; give it with --weights")
-    return saved, model, T.Compose([to_rgb, preprocess])        # as `decode` does
+    full = second_clip(student or saved.get("student"), model, saved["quick_gelu"])
+    return saved, model, full, T.Compose([to_rgb, preprocess])  # as `decode` does
 
 
 if __name__ == "__main__":

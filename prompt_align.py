@@ -185,14 +185,14 @@ class Prompts(nn.Module):
         words = before.strip() or "a photo of a"
         if L:                                           # as CoOp's
             words, rest = " ".join(["x"] * L), "."
-        n = int((clip.tokenize(words)[0] > 0).sum()) - 2                # without <sot> and <eot>
+        n = int(clip.tokenize(words)[0].argmax()) - 1                   # between <sot> and <eot>
         tokens = clip.tokenize([f"{words} {c}{rest}" for c in class_names], truncate=True)
-        known = clip_model.token_embedding.weight.detach()              # (vocabulary, W)
-        tokens = tokens[:, :tokens.argmax(dim=1).max() + 1].to(known.device)    # (C, T), T: longest
-        emb = known[tokens]                                             # (C, T, W)
+        vectors = clip_model.token_embedding.weight.detach()            # most rows of tiny's are 0
+        tokens = tokens[:, :tokens.argmax(dim=1).max() + 1].to(vectors.device)  # (C, T), T: longest
+        emb = vectors[tokens]                                           # (C, T, W)
         start = emb[0, 1:1 + n].repeat(len(weights), 1, 1)              # (M, L, W)
         if L:
-            start = known[known.any(dim=1)].std() * torch.randn_like(start)     # tiny: some are 0
+            start = vectors[vectors.any(dim=1)].std() * torch.randn_like(start)
         self.ctx = nn.Parameter(start)                                  # (M, L, W)
         self.register_buffer("emb", emb, persistent=False)              # (C, T, W)
         self.register_buffer("eot", tokens.argmax(dim=1), persistent=False)     # (C,)
@@ -256,8 +256,8 @@ def encode(job, view, epoch=0):
 
 
 def logits(job, texts, f):
-    """l = tau f.t, in fp32 whatever the precision of CLIP's. texts: `Prompts`, f (..., D) ->
-    (..., C); or their `each`, f (A, B, D) -> (M, A, B, C)."""
+    """l = tau f.t, in fp32 whatever the precision of CLIP's. texts: what gives t when it is called
+    with CLIP: `Prompts`, f (..., D) -> (..., C); or their `each`, f (A, B, D) -> (M, A, B, C)."""
     with job.autocast():
         t = texts(job.clip_model).mT                                            # (..., D, C)
     return job.tau * f @ (t if t.dim() == 2 else t[:, None])
@@ -353,7 +353,7 @@ def train(job, passes, sets, weights, trial=False):
     first = run.restore(parts)["epoch"] if run.state else 0                     # --resume
     for epoch in range(first, epochs):
         rng = torch.Generator().manual_seed((args.seed * 1_000_003 + epoch) % 2**63)
-        torch.randint(2**62, (N,), generator=rng)       # as data.EpochSampler: the same order
+        torch.randint(2**62, (N,), generator=rng)       # thrown away: EpochSampler's order
         batches = torch.randperm(N, generator=rng)[:N - N % B].split(B)         # (B,) each
         done = epoch * (N // B)                         # steps before this epoch
         taken = run.steps(batches, B, f"epoch {epoch + 1}/{epochs}", steps - done)
@@ -503,7 +503,7 @@ def describe_candidates(sets, y_true=None):
 class Adapted(nn.Module):
     """What a run learnt: preprocessed images (B, 3, R, R) -> probabilities of the classes (B, C).
     Has .class_names, and .preprocess: PIL image -> (3, R, R)."""
-    def __init__(self, saved, clip_model, preprocess=None):
+    def __init__(self, saved, clip_model, full=None, preprocess=None):
         super().__init__()
         self.class_names, self.preprocess = saved["class_names"], preprocess
         self.clip_model = clip_model.requires_grad_(False)

@@ -108,7 +108,6 @@ def resnet():
 
 
 GOLDEN_IDS = {                                          # of openai/CLIP's tokenizer
-    ' \n\t ': [],
     'A Photo of the Hard-to-See GOLDEN RETRIEVER, a type of pet.':
         [320, 1125, 539, 518, 1626, 268, 531, 268, 862, 3878, 28394, 267, 320, 3877, 539, 3703,
          269],
@@ -118,10 +117,8 @@ GOLDEN_IDS = {                                          # of openai/CLIP's token
         [331, 262, 3459, 39694, 3459, 39694, 1097, 35689, 563],
     '\uff11\uff12\uff13 3.14 co2 \xbd \u21165':
         [272, 273, 274, 274, 269, 272, 275, 1320, 273, 33613, 8604, 500, 276],
-    '\u65e5\u672c\u8a9e\u306e\u5199\u771f \u0444\u043e\u0442\u043e '
-    '\u043a\u043e\u0442\u0430 \u0635\u0648\u0631\u0629':
-        [39121, 44353, 34002, 252, 21575, 44653, 33440, 509, 38981, 27152, 28599, 27080, 27271,
-         48242, 20915],
+    '\u65e5\u672c\u8a9e\u306e\u5199\u771f \u0444\u043e\u0442\u043e':
+        [39121, 44353, 34002, 252, 21575, 44653, 33440, 509, 38981],
     '\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \u2764\ufe0f':
         [26304, 26304, 964, 356, 21531, 1752],
     '<|startoftext|>x<|endoftext|>': [49406, 343, 49407],
@@ -150,13 +147,11 @@ def test_tokenize():
 
 @torch.no_grad()
 def test_golden_logits(vit, resnet):                    # of openai/CLIP's code, same weights
-    def logits_of(model):                                                       # (2, 3)
-        return model(golden_images(2, model.visual.input_resolution), clip.tokenize(TEXTS))[0]
     for model, golden in ((vit, [[0.6198, 0.17635, 2.73822], [0.97289, 1.47885, 3.32049]]),
                           (resnet, [[-1.14037, 3.91696, -2.80063], [-1.14539, 3.90924, -2.78879]])):
-        assert torch.allclose(logits_of(model), torch.tensor(golden), rtol=1e-4, atol=1e-4)
-    plain = clip.build_model(golden_weights(VIT), quick_gelu=False)
-    assert not torch.allclose(logits_of(plain), logits_of(vit), atol=1e-3)
+        images = golden_images(2, model.visual.input_resolution)
+        logits, _ = model(images, clip.tokenize(TEXTS))                         # (2, 3)
+        assert torch.allclose(logits, torch.tensor(golden), rtol=1e-4, atol=1e-4)
 
 
 def test_architecture_is_inferred(vit, resnet):
@@ -169,25 +164,6 @@ def test_architecture_is_inferred(vit, resnet):
     assert two.visual.transformer.heads == 4 and two.transformer.resblocks[0].attn.heads == 2
     one.logit_scale.data.zero_()                        # two models share nothing
     assert two.logit_scale != 0 and weights["logit_scale"] != 0
-    less = {key: value for key, value in weights.items() if key != "ln_final.bias"}
-    for state_dict, heads, says in ((weights, 3, "heads"), (less, 2, "ln_final.bias"),
-                                    ({"fc.weight": torch.zeros(2)}, 2, "visual.conv1.weight")):
-        with pytest.raises(clip.CLIPError, match=says):
-            clip.build_model(state_dict, vision_heads=heads)
-
-
-@torch.no_grad()
-def test_text_is_cut_after_the_last_end_of_text(vit):
-    tokens = clip.tokenize(TEXTS)
-    short, emb = vit.encode_text(tokens), vit.token_embedding(tokens)           # (3, D), (3, 77, W)
-    x = vit.ln_final(vit.transformer(emb + vit.positional_embedding, causal=True))
-    full = x[torch.arange(3), tokens.argmax(-1)] @ vit.text_projection          # (3, D)
-    assert torch.allclose(short, full, rtol=1e-5, atol=1e-5)
-    assert torch.equal(vit.encode_text_embeddings(emb, tokens.argmax(-1)), short)
-    tokens[0, 10:] = 7                                  # what comes after the end plays no part
-    assert torch.allclose(vit.encode_text(tokens)[0], short[0], rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="context length"):
-        vit.encode_text(torch.zeros(1, 78, dtype=torch.long))
 
 
 def test_shared_words_and_many_texts_are_exact(vit):
@@ -213,7 +189,7 @@ def test_shared_words_and_many_texts_are_exact(vit):
     handle.remove()
 
 
-def test_prompts(vit, resnet):
+def test_prompts(vit):
     x, prompts, visual = golden_images(2, 32), torch.randn(2, 5, 128).requires_grad_(), vit.visual
     deep = vit.encode_image(x, prompts=prompts)         # (2, 32)
     grad, = torch.autograd.grad(deep.sum(), prompts)
@@ -228,11 +204,8 @@ def test_prompts(vit, resnet):
     for seen, result in ((second, deep), (first, vit.encode_image(x, prompts=prompts[:1]))):
         out = visual.ln_post(visual.transformer.resblocks[1](seen)[:, 0]) @ visual.proj
         assert torch.allclose(result, out, atol=1e-4)
-    for model, size, tokens, says in ((vit, 32, torch.zeros(3, 5, 128), "prompts must be"),
-                                      (resnet, 64, prompts, "no prompt tokens"),
-                                      (vit, 40, None, r"images must be \(B, 3, 32, 32\)")):
-        with pytest.raises(ValueError, match=says):
-            model.encode_image(golden_images(1, size), prompts=tokens)
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, 32, 32\)"):
+        vit.encode_image(golden_images(1, 40))
 
 
 def test_blocks_computed_again(vit):
@@ -262,12 +235,6 @@ def test_adapters_equal_merged_weights(vit, resnet):
     for adapters, model in ((lora, merged), (double, doubled)):
         assert torch.allclose(vit.encode_image(x, adapters=adapters), model.encode_image(x),
                               rtol=1e-4, atol=1e-4)
-    for model in (vit, resnet):
-        x, count = golden_images(2, model.visual.input_resolution), len(model.visual.adapter_widths)
-        nothing = model.encode_image(x, adapters=[lambda kind, h: None] * count)
-        assert torch.equal(nothing, model.encode_image(x))
-        with pytest.raises(ValueError, match=f"expected {count} adapters"):
-            model.encode_image(x, adapters=[None])
     seen = []                                           # ResNet: each stage's output, channels last
     result = resnet.encode_image(golden_images(1, 64), adapters=[
         lambda kind, h: (seen.append((kind, tuple(h.shape))), -h)[1]] * 4)
@@ -350,8 +317,6 @@ def test_only_some_token_rows_are_stored():
     assert embedding.any(dim=1).sum() == len(ids)       # the other rows are zero
     assert model.visual.transformer.heads == 4 and model.transformer.heads == 2
     clip.check_architecture(model, "tiny")
-    with pytest.raises(clip.CLIPError, match="not those of RN50: resolution 32"):
-        clip.check_architecture(model, "RN50")
 
 
 @pytest.mark.parametrize("shape", [VIT, RESNET])
@@ -374,7 +339,7 @@ def test_torchscript_archive_is_read_without_torch_jit(shape, tmp_path, monkeypa
         assert torch.equal(value, expected[key].to(value.dtype)), key
 
 
-def test_nothing_in_a_file_is_executed_and_tensors_fit(tmp_path):
+def test_nothing_in_a_file_is_executed(tmp_path):
     mark, path = tmp_path / "executed", tmp_path / "weights.pt"
 
     class Evil:
@@ -384,18 +349,11 @@ def test_nothing_in_a_file_is_executed_and_tensors_fit(tmp_path):
     evil, module = pickle.dumps({"w": Evil()}, protocol=2), b"\x80\x02c__torch__\nA\n)\x81%sb."
     pickle.loads(evil)
     mark.unlink()                                       # it is there: the attack does work
-    tensor = module % (  # float32 storage of one number, size and stride to be filled in
-        b"}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\n"
-        b"FloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQK\x00(J%st(K%ct\x89NtRs")
-    asks = r"asks for \w+.system, which is refused"
-    for pickled, says in ((evil, asks), (module % evil[2:-1], asks),
-                          (tensor % (b"\t\0\0\0", 1), "out of bounds"),
-                          (tensor % (b"\0\0\0\t", 0), "more elements than the file has bytes")):
+    for pickled in (evil, module % evil[2:-1]):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("x/data.pkl", pickled)
             archive.writestr("x/code/__torch__.py", "raise SystemExit")
-            archive.writestr("x/data/0", bytes(4))
-        refused(path, says)
+        refused(path, r"asks for \w+.system, which is refused")
     for zipped, says in ((True, "torch.save its state dict alone"), (False, "wrote before 1.6")):
         torch.save(SMALL | {"x": Evil()}, path, _use_new_zipfile_serialization=zipped)
         refused(path, says)
@@ -406,9 +364,9 @@ def test_bad_files_give_one_line(tmp_path, monkeypatch):
     path = tmp_path / "weights.pt"
     for content, says in (([1, 2], "no state dict"), ({"fc.weight": torch.zeros(2)}, "is missing"),
                           ({"model": SMALL, "out": Path("runs")}, "its state dict alone"),
-                          (SMALL | {"visual.conv1.weight": torch.zeros(0, 3, 8, 8)}, "weights.pt"),
                           (SMALL | {"x": torch.zeros(1).expand(2**40)}, "more elements than"),
-                          (SMALL | {"visual.proj": torch.zeros(128, 5)}, "do not fit")):
+                          ({k: v for k, v in SMALL.items() if k != "ln_final.bias"},
+                           "do not fit a CLIP model: .*ln_final.bias")):
         torch.save(content, path)
         refused(path, says)
     for raw in (path.read_bytes()[:-100], b"", b"<html>not found</html>"):
@@ -493,8 +451,6 @@ def test_download_with_the_hash_of_the_reply(download, tmp_path):
     assert file.read_bytes() == Server.payload and note.read_text().strip() == Server.sha256
     assert download("missing", "hub") == [] and len(os.listdir(file.parent)) == 2
     note.unlink()
-    assert download("hub") == [("HEAD", "hub")] and note.exists()    # nothing is downloaded
-    note.unlink()
     file.write_bytes(b"mine")
     with pytest.raises(clip.CLIPError, match="SHA-256 differs"):
         download("hub")
@@ -538,10 +494,10 @@ def refuses(*args, by=data.load):
     return message
 
 
-def by_hash(base, classes, n=8):
+def by_hash(base, classes):
     """Of {folder: class name}: names; train, test: {path: label}, split by a hash of the paths."""
     parts = {}, {}
-    for file, y in [(f"{base}{c}/sun_{i}.jpg", y) for y, c in enumerate(classes) for i in range(n)]:
+    for file, y in [(f"{base}{c}/sun_{i}.jpg", y) for y, c in enumerate(classes) for i in range(8)]:
         parts[int(hashlib.sha256(file.encode()).hexdigest(), 16) % 5 == 0][file] = y
     return [*classes.values()], *parts
 
@@ -678,9 +634,6 @@ def test_cifar(tmp_path, monkeypatch, K):
         few = images.subset(torch.tensor([len(x) - 1, 7]))
         assert few.y_true.tolist() == [y[-1], y[7]]
         assert (few.view(data.transforms(32)[0])[1, 0][0].numpy() == x[7]).all()
-    assert "decoded once" in data.cache_pixels(d, data.transforms(32), 1)
-    kept = d.train.view(data.transforms(32)[0])
-    assert all((kept[7, 0][0].numpy() == parts[0][1][7]).all() for _ in range(2))
 
 
 def test_mnist(tmp_path):
@@ -752,12 +705,10 @@ def test_folders(tmp_path, capsys):
     assert data.load(accent, "cat,caf\u00e9").test.y_true.tolist() == [1, 0]
     class_folders(parts := tmp_path / "parts", 1, ("testing/1", "train/cat", "valid/cat"))
     assert data.load(parts).test.names == ["valid/cat/000.png"]
-    (parts / "train").rename(parts / "Train")
-    assert re.search("Train, testing, valid are no classes. Expected", refuses(parts))
-    class_folders(parts := tmp_path / "unlabeled", 1, ("unlabeled", "test/cat"))
-    assert "test, unlabeled are no classes" in refuses(parts)
-    class_folders(parts := tmp_path / "sets", 1, ("training_set/cat", "test_set/cat"))
-    assert "test_set, training_set are no classes" in refuses(parts)
+    class_folders(parts := tmp_path / "unlabeled", 1, ("unlabeled", "Test/cat"))
+    assert "Test, unlabeled are no classes. Expected" in refuses(parts)
+    class_folders(parts := tmp_path / "sets", 1, ("Training_set/cat", "test_set/cat"))
+    assert "Training_set, test_set are no classes" in refuses(parts)
     draw(tmp_path / "flat", ["train/images/0.jpg", "test/images/0.jpg"])        # as YOLO has them
     assert "no names of classes: give --classes" in refuses(tmp_path / "flat")
     class_folders(alone := tmp_path / "alone", 5, ("train/cat", "train/dog"))
@@ -818,18 +769,13 @@ def test_unreadable_are_named_and_skipped(tmp_path, capsys):
 
 
 def test_too_many_to_open(tmp_path, capsys, monkeypatch):
-    _, *parts = by_hash("", {f"class {k:02d}": "" for k in range(100)}, 200)
-    for file in parts[0] | parts[1]:
-        written(tmp_path / "many" / file, b"")
-    draw(tmp_path / "flat", ["0.jpg", "2.jpg"])
-    written(tmp_path / "flat" / "1.jpg", b"x")
+    draw(tmp_path, ["0.jpg", "2.jpg"])
+    written(tmp_path / "1.jpg", b"x")
     with monkeypatch.context() as m:
         m.setattr(data, "MOST_OPENED", 2)
         m.setattr(data, "decode", None)                 # none is opened
-        d, flat = data.load(tmp_path / "many"), data.load(tmp_path / "flat", "a,b")
-    for images, part in zip((d.train, d.test), parts):  # 20,000
-        assert dict(zip(images.names, images.y_true.tolist())) == part
-    (x, _), = data.DeviceLoader(flat.train.view(data.transforms(16)[0]), 3)
+        images = data.load(tmp_path, "a,b").train
+    (x, _), = data.DeviceLoader(images.view(data.transforms(16)[0]), 3)
     grey = clip_files._transform(16)(Image.new("RGB", (16, 16), "grey"))
     assert torch.equal(x[1], grey) and not torch.equal(x[2], grey)
     assert capsys.readouterr().err.startswith("warning: grey instead of 1.jpg: cannot identify")
@@ -852,7 +798,7 @@ def test_templates_and_text_files(tmp_path):
 
 def epochs(view, n=2, **how):
     """[x1, x2, ..., index] of n epochs, one after the other."""
-    loader = data.DeviceLoader(view, 4, **how)
+    loader = data.DeviceLoader(view, 2, **how)
     return [torch.cat(x) for _ in range(n) for x in zip(*loader)]
 
 
@@ -918,17 +864,16 @@ def test_loader(tmp_path):
     for other in (second, run(1, seed=1)):              # of each epoch and seed: order, crops
         assert not torch.equal(index, other[2])
         assert not torch.equal(x[index.argsort()], other[0][other[2].argsort()])
-    for n, drop, sizes in ((4, False, [4, 4, 2]), (4, True, [4, 4]), (16, True, [10])):
-        loader = data.DeviceLoader(images.view(plain), n, drop_last=drop)
+    for n, shuffle, sizes in ((4, False, [4, 4, 2]), (4, True, [4, 4]), (16, True, [10])):
+        loader = data.DeviceLoader(images.view(plain), n, shuffle)
         batches = [index.tolist() for _, index in loader]
-        assert sum(batches, []) == [*range(sum(sizes))] and [*map(len, batches)] == sizes
+        assert len({*sum(batches, [])}) == sum(sizes) and [*map(len, batches)] == sizes
         assert len(loader) == len(sizes)                # at least one batch
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+# only forked processes share the cache
+@pytest.mark.parametrize("workers", [0, 2] if sys.platform == "linux" else [0])
 def test_cached_pixels(tmp_path, monkeypatch, workers):
-    if workers and multiprocessing.get_start_method() != "fork":
-        pytest.skip("only forked processes share the cache")
     root, log, decode = tmp_path / "set", tmp_path / "log", data.decode
     for k, size in enumerate([(300, 100), (300, 200), (20, 15), (200, 3), (40, 64), (1, 1)]):
         picture(root / "train" / f"{k}.jpg", k, size)
@@ -947,27 +892,19 @@ def test_cached_pixels(tmp_path, monkeypatch, workers):
         results.append(epochs(d.train.view(*augmented), shuffle=True, workers=workers))
         for images in (d.train, d.test):
             results[-1] += epochs(images.view(plain), workers=workers)
-        for path in root.glob("**/*.jpg"):              # two epochs of one or two kinds
-            kinds = 1 + ("train" in path.parts)
-            again = kinds - 1 if path.name == "0.jpg" else 0    # too wide to be kept
-            decoded = log.read_text().splitlines().count(str(path))
-            assert decoded == (kinds + again if gb else 2 * kinds)
+        # two epochs of six images for training, of two kinds, and six for the test: one is too wide
+        assert log.read_text().count("\n") == (18 + 1 if gb else 2 * 18)
     assert equal(*results) and pickle.loads(pickle.dumps(d.train)).caches == {}      # if spawned
 
 
-def test_predictions_and_replacing(tmp_path):
+def test_predictions(tmp_path):
     p, path = torch.tensor([[0.25, 0.75], [0.9, 0.1]]), tmp_path / "p.csv"
     y = data.write_predictions(path, ["a,1.jpg", "é\udce9.jpg"], ["cat", "dog"], p, 1 - p,
                                all_classes(p))
     assert y.tolist() == [1, 0]
-    before = path.read_text(encoding="utf-8")
-    assert before.splitlines() == ["path,class,confidence,p_clean", '"a,1.jpg",dog,0.7500,0.2500',
-                                   "é\\udce9.jpg,cat,0.9000,0.1000"]
-    for error, raised in ((KeyError("x"), KeyError), (RuntimeError("full"), data.DataError)):
-        with pytest.raises(raised), data.replacing(path, "w") as file:
-            file.write("half")
-            raise error
-        assert path.read_text(encoding="utf-8") == before
+    assert path.read_text(encoding="utf-8").splitlines() == [
+        "path,class,confidence,p_clean", '"a,1.jpg",dog,0.7500,0.2500',
+        "é\\udce9.jpg,cat,0.9000,0.1000"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a timer's signal")
@@ -990,11 +927,9 @@ def test_pseudo_label_sheet(tmp_path):
         data.pseudo_label_sheet(tmp_path / "x.png", images, names, y, clean, score)
         sheet = Image.open(tmp_path / "x.png").convert("L")
         assert sheet.crop(empty).getextrema() == (255, 255) > sheet.crop(full).getextrema()
-    bytes_of = []
     for name in ("Hütte", "Hutte"):                     # accents are no boxes
-        data.pseudo_label_sheet(tmp_path / "x.png", images, [name], 0 * y, score > 0, score)
-        bytes_of.append((tmp_path / "x.png").read_bytes())
-    assert bytes_of[0] == bytes_of[1]
+        data.pseudo_label_sheet(tmp_path / f"{name}.png", images, [name], 0 * y, score > 0, score)
+    assert len({sheet.read_bytes() for sheet in tmp_path.glob("H*.png")}) == 1
 
 
 def test_command(tmp_path, monkeypatch):
@@ -1060,8 +995,7 @@ def test_table_of_many_classes():
         N = 60
     N, C, model = 60, 40, Model()
     loader, table = Loader((i, i) for i in torch.arange(N).split(25)), None
-    job = SimpleNamespace(autocast=nullcontext, clip_model=None, added={"balance"},
-                          dataset=SimpleNamespace(class_names=["x"] * C))
+    job = SimpleNamespace(autocast=nullcontext, clip_model=None, added={"balance"}, C=C)
     for n in range(3):                                  # a mean of three
         model.says = (2 * torch.randn(N, C)).softmax(dim=1)
         table = coft.predict(job, [model], loader, True, table, (1 / (n + 1), 1 / (n + 1)))
@@ -1096,8 +1030,7 @@ def test_five_crops():                                  # (A6)
         N = 3
     loader, zero = Loader([(x[:2], torch.tensor([0, 1])), (x[2:], torch.tensor([2]))]), (
         coft.ZeroShot(unit(10, 64)))
-    job = SimpleNamespace(autocast=nullcontext, clip_model=model,
-                          dataset=SimpleNamespace(class_names=shapes.SHAPES))
+    job = SimpleNamespace(autocast=nullcontext, clip_model=model, C=10)
     p = [zero(model, view)[1].softmax(dim=1) for view in (x, *crops)]           # (3, 10) each
     for share in (0, 0.25, 1):
         table = coft.predict(job, [zero], loader, False, crops=share)
@@ -1109,8 +1042,8 @@ def test_crops_tell():                                  # (A6)
     images = data.Images(["a", "b", "c"], pictures=[Image.new("RGB", (9, 9))] * 3)
     plain, y = data.transforms(8)[0], torch.arange(3)
     job = SimpleNamespace(
-        dataset=SimpleNamespace(train=images, class_names="abc"), clip_model=None,
-        autocast=nullcontext, load=lambda view: data.DeviceLoader(view, 3),
+        dataset=SimpleNamespace(train=images), C=3, clip_model=None, autocast=nullcontext,
+        load=lambda view: data.DeviceLoader(view, 3),
         train=SimpleNamespace(dataset=images.view(plain)))
     for sharp, tells in ((5.0, True), (3.9, True), (3.5, False)):       # MI / 0.921: 0.985, 0.912
         l = torch.tensor([4.0, *[sharp] * 5])[:, None, None] * F.one_hot(y)         # (6, 3, 3)
@@ -1148,7 +1081,7 @@ def test_balanced():
     found = coft.balanced(q, all_classes(q), 2)
     torch.testing.assert_close(found, p)
     torch.testing.assert_close(found.mean(dim=0), torch.tensor([.5, .5]))
-    job = SimpleNamespace(added={"balance"}, dataset=SimpleNamespace(class_names=["a", "b"]))
+    job = SimpleNamespace(added={"balance"}, C=2)
     table = coft.Table(q[None], q[None], all_classes(q[None]))
     assert torch.equal(coft.guess(job, table)[0], found)
     job.added = set()
@@ -1160,21 +1093,15 @@ def test_balanced():
 def test_accuracy_and_auroc():
     assert data.accuracy(torch.arange(3), torch.tensor([0, 1, 1])) == 66.67
     assert data.accuracy(torch.arange(3), None) is None
-    for seed in range(5):
-        g = torch.Generator().manual_seed(seed)
-        score = torch.randint(8, (60,), generator=g) / 8            # many ties
-        right = torch.rand(60, generator=g) < 0.6
-        pairs = [(a > b) + (a == b) / 2
-                 for a in score[right].tolist() for b in score[~right].tolist()]
-        assert data.auroc(score, right) == pytest.approx(sum(pairs) / len(pairs), abs=1e-4)
+    score, right = torch.randint(8, (60,)) / 8, torch.rand(60) < 0.6            # many ties
+    pairs = [(a > b) + (a == b) / 2 for a in score[right] for b in score[~right]]
+    assert data.auroc(score, right) == pytest.approx(float(sum(pairs) / len(pairs)), abs=1e-4)
     assert math.isnan(data.auroc(score, torch.ones(60, dtype=torch.bool)))
 
 
 def test_diagnostics():
-    g = torch.Generator().manual_seed(1)
-    p, p_clean = (torch.rand(2, 40, 3, generator=g).softmax(dim=2) for _ in range(2))
-    y, y_true = torch.randint(3, (2, 40), generator=g), torch.randint(3, (40,), generator=g)
-    clean = torch.rand(2, 40, generator=g) < 0.6
+    p, p_clean = torch.rand(2, 2, 40, 3).softmax(dim=3)
+    y, y_true, clean = torch.randint(3, (2, 40)), torch.randint(3, (40,)), torch.rand(2, 40) < 0.6
     table = coft.Table(p, p_clean, all_classes(p))
     found = coft.diagnostics(table, (y, clean), y_true)
     right, label = y == y_true, p.argmax(dim=2)                                 # (2, 40) each
@@ -1193,12 +1120,9 @@ def test_who_labels_and_who_judges():                   # section 3.2.2
     p = torch.tensor([[[.9, .1], [.6, .4], [.3, .7]], [[.2, .8], [.7, .3], [.4, .6]]])
     p_clean = torch.tensor([[[.9, .9], [.2, .9], [.9, .4]], [[.1, .6], [.8, .1], [.9, .9]]])
 
-    def select(number):
-        y, clean = coft.select_clean(number, p, coft.Table(p, p_clean, all_classes(p)))
-        return y.tolist(), clean.int().tolist()
-    assert select(3) == ([[0, 0, 1], [1, 0, 1]], [[1, 1, 1]] * 2)   # (A7)
-    # the own label, the peer's verdict
-    assert select(2) == ([[0, 0, 1], [1, 0, 1]], [[0, 1, 1], [1, 0, 0]])
+    y, clean = coft.select_clean(p, coft.Table(p, p_clean, all_classes(p)))
+    assert y.tolist() == [[0, 0, 1], [1, 0, 1]]         # the own label
+    assert clean.int().tolist() == [[0, 1, 1], [1, 0, 0]]       # the peer's verdict
 
 
 def test_recipe():
@@ -1216,7 +1140,7 @@ def test_recipe():
         for name, line in script.ADDITIONS.items():
             assert f"({line.split()[0]})" in source, name                   # A1, A2, ...
             for place in line.split(": ")[-1].split(", "):
-                assert hasattr(script, place) or place in dir(script.Student), (name, place)
+                assert hasattr(script, place), (name, place)
 
 
 # ======== coft.py: modules and gradients ========
@@ -1247,8 +1171,8 @@ def test_prompt_starts_at_zero_shot(vit, template, monkeypatch):
     args.ctx, words = 16, vit.token_embedding.weight    # random words, class, full stop: CoOp's
     student = coft.Student(vit, NAMES, template, args)
     ends = clip.tokenize([f"{'x ' * 16}{c}." for c in NAMES]).argmax(dim=1)
-    assert equal([student.neg.eot, prompts(16, [1.0]).eot], [ends, ends])
-    drawn = student.pos.ctx.detach()                                            # (1, 16, W)
+    assert equal([student.texts.eot, prompts(16, [1.0]).eot], [ends, ends])
+    drawn = student.texts.pos.detach()                                          # (1, 16, W)
     assert drawn.shape == (1, 16, 64) and student.texts(vit)[1].shape == want.shape
     assert float(drawn.std()) == pytest.approx(float(words.detach().std()), rel=0.1)
 
@@ -1292,7 +1216,7 @@ def test_part_way(frozen, monkeypatch, capsys, power):  # (A5)
             (270, 60, 1, 0.7, 0.9), (300, 60, 0, 0.25, 0.5 ** power),
             (150, 60, 0, 0.45, 0.5)):
         job = SimpleNamespace(full=frozen, W0=t0, run=run, args=SimpleNamespace(shots=shots),
-                              dataset=SimpleNamespace(train=range(3 * each), class_names="abc"))
+                              dataset=SimpleNamespace(train=range(3 * each)), C=3)
         model = coft.FullModel(frozen, t0, student_of(frozen))
         start = [v.clone() for v in model.state_dict().values()]
         for v in model.parameters():
@@ -1317,7 +1241,7 @@ def gradients(frozen, student, loss):
     student.zero_grad()
     loss.backward()
     assert all(v.grad is None for v in frozen.parameters())         # CLIP itself is frozen
-    return {name.replace(".ctx", "") for name, v in student.named_parameters()
+    return {name.replace("texts.", "") for name, v in student.named_parameters()
             if v.grad is not None and v.grad.any()}
 
 
@@ -1411,9 +1335,7 @@ def test_resnet(script, little, resnet, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("recipe, peft", [("ours", "vpt"), ("ours", "adapter"), ("paper", "vpt")])
-def test_run_folder(little, drawn, tmp_path, recipe, peft, monkeypatch, capsys):
-    loaded, load = [], clip.load
-    monkeypatch.setattr(clip, "load", lambda *a, **k: loaded.append(load(*a, **k)) or loaded[-1])
+def test_run_folder(little, drawn, tmp_path, recipe, peft, capsys):
     (first, *epochs, last), (header, *rows), saved = run(
         tmp_path / "run", "--recipe", recipe, "--peft", peft, "--max-steps", 4)
     assert sorted(os.listdir(tmp_path / "run")) == [
@@ -1432,13 +1354,10 @@ def test_run_folder(little, drawn, tmp_path, recipe, peft, monkeypatch, capsys):
     right = [shapes.SHAPES[k] == row[1] for k, row in zip(drawn["test"][1], rows)]
     assert last["accuracy"] == pytest.approx(100 * sum(right) / 50)
     assert f"accuracy {last['accuracy']:.4g}" in capsys.readouterr().out.splitlines()[-1]
-    assert Image.open(tmp_path / "run" / "pseudo_labels.png").size[0] > 200
-    (used, _), (untouched, _) = loaded[-1], load("tiny")   # CLIP is as it was
-    assert equal(used.state_dict(), untouched.state_dict())
 
-    model = coft.load(tmp_path / "run" / "model.pt")                # model.pt is what predicted
-    start = coft.FullModel(untouched, unit(10, 64), coft.Student(
-        untouched, shapes.SHAPES, "a photo of a {}.", SimpleNamespace(**saved["light"])))
+    model = coft.load(tmp_path / "run" / "model.pt")    # model.pt is what predicted, CLIP as it was
+    start = coft.FullModel(model.clip_model, unit(10, 64), coft.Student(
+        model.clip_model, shapes.SHAPES, PHOTO, SimpleNamespace(**saved["light"])))
     for m in (0, 1):
         moved = {k for k, v in start.state_dict().items()
                  if not torch.equal(saved["models"][f"{m}.{k}"].float(), v)}
@@ -1447,7 +1366,6 @@ def test_run_folder(little, drawn, tmp_path, recipe, peft, monkeypatch, capsys):
         assert saved["models"][f"{m}.fc.weight"].dtype == torch.float32
     test = data.load("demo").test
     p = model(torch.stack([model.preprocess(test.image(i)) for i in range(50)]))    # (50, C)
-    torch.testing.assert_close(p.sum(dim=1), torch.ones(50))
     assert [model.class_names[k] for k in p.argmax(dim=1)] == [row[1] for row in rows]
     assert p.max(dim=1).values.tolist() == pytest.approx([float(row[2]) for row in rows], abs=2e-4)
 
@@ -1461,12 +1379,10 @@ def all_differ(out, flags, variants, script=coft):
         seen.append(rows)
 
 
-def test_flags_and_seed(little, tmp_path):
+def test_flags(little, tmp_path):
     all_differ(tmp_path, ["--max-steps", 2], (
         "", "--seed 1", "--epochs2 0", "--epochs1 0", "--recipe paper", "--ctx 4", "--no-flip",
         "--no-quick-gelu", "--template {}.", "--k 3", "--lr1 0.01", "--lr2 0.01"))
-    run(tmp_path / "again", "--max-steps", 2)
-    same_result(tmp_path / "0", tmp_path / "again")
 
 
 def test_live_line(little, tmp_path, monkeypatch, capsys):
@@ -1492,7 +1408,7 @@ def test_batches_of_clean_images():
 
 @pytest.mark.parametrize("script", [coft, coft_plus])
 def test_the_sheet_shows_what_the_filter_says(script, little, tmp_path, monkeypatch):
-    def every_third(number, p, table):
+    def every_third(p, table):
         y = coft.labels_of(p, table.index)                                      # (2, N)
         return y, (torch.arange(y.shape[1]) % 3 == 0).expand(y.shape)
     shown = []
@@ -1526,15 +1442,14 @@ FOLDER = ["--arch", "tiny", "--workers", 0, "--max-steps", 3]
 def test_shuffled_labels_change_nothing(drawn, tmp_path, script):
     save_pictures(tmp_path / "pets", drawn, "images/train{i}.png", "images/test{i}.png")
     flags = [*FOLDER, *(["--prompts", ""] if script is coft_plus else [])]
-    y_true, logs = drawn["train"][1], []
+    y_true = drawn["train"][1]
     for name, y in (("right", y_true), ("shuffled", random.Random(0).sample(y_true, 100))):
         split = {part: [[f"{part}{i}.png", k, shapes.SHAPES[k]] for i, k in enumerate(labels)]
                  for part, labels in (("train", y), ("test", drawn["test"][1]))}
         written(tmp_path / "pets" / "split_zhou_OxfordPets.json", split)
-        lines, *_ = run(tmp_path / name, "--data", tmp_path / "pets", *flags, script=script)
-        logs.append(lines)
+        run(tmp_path / name, "--data", tmp_path / "pets", *flags, script=script)
     same_result(tmp_path / "right", tmp_path / "shuffled")
-    right, shuffled = logs
+    right, shuffled = (epochs_of(tmp_path / name) for name in ("right", "shuffled"))
     assert right[1]["precision"] != shuffled[1]["precision"]        # the labels did differ
     assert [e.get("loss") for e in right] == [e.get("loss") for e in shuffled]
 
@@ -1669,7 +1584,7 @@ def test_each_student_has_its_own_next_labels():        # section 3.3.1
     p = torch.tensor([[[.9, .1], [.8, .2], [.3, .7], [.1, .9]], [[.7, .3], [.3, .7], [.2, .8],
                                                                  [.4, .6]]])
     table = coft_plus.Table(p, p, all_classes(p))
-    job = SimpleNamespace(K=1, added=set(), dataset=SimpleNamespace(class_names=["a", "b"]))
+    job = SimpleNamespace(K=1, added=set(), C=2)
     y, confident = coft_plus.next_labels(job, table)    # the surest of each class
     assert y.tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]
     assert confident.tolist() == [[True, False, False, True], [True, False, True, False]]
@@ -1734,7 +1649,7 @@ def test_density_speaks_in_the_table(monkeypatch):      # (A9)
     monkeypatch.setattr(coft_plus, "features", lambda job, model, index: (model, None))
     monkeypatch.setattr(coft_plus, "by_density", lambda p, index, model, f, C, nats:
                         (model, says.append(nats) or nats > 0 and len(says) < 4, None))
-    job = SimpleNamespace(added={"balance"}, dataset=SimpleNamespace(class_names=["a", "b", "c"]))
+    job = SimpleNamespace(added={"balance"}, C=3)
     found, even = coft_plus.ask_density(job, list(q), table, 1 / 4, 0.8)
     torch.testing.assert_close(found.p, 0.75 * p + 0.25 * q)
     assert found.p_clean.equal(q) and even
@@ -1775,7 +1690,7 @@ def test_density_predicts_too(frozen):                  # (A11)
 @pytest.mark.parametrize("added, limit", [({"balance"}, coft_plus.NATS[1]), (set(), -math.inf)])
 def test_fit_head(added, limit, frozen, monkeypatch):   # (A11)
     """Each model's EM begins with what it says of the training images; the root is taken."""
-    job = SimpleNamespace(added=added, dataset=SimpleNamespace(class_names=["a", "b", "c"]))
+    job = SimpleNamespace(added=added, C=3)
     models = [coft_plus.FullModel(frozen, unit(3, 64), student_of(frozen)) for _ in range(2)]
     monkeypatch.setattr(coft_plus, "features", lambda job, me, index: (index + 1, index + 2))
     monkeypatch.setattr(coft_plus, "by_density", lambda q, index, p, f, C, nats: (None, None, (
@@ -1788,8 +1703,8 @@ def test_fit_head(added, limit, frozen, monkeypatch):   # (A11)
 
 @pytest.mark.parametrize("few, shots, fitted", [(4, 0, 1), (10, 0, 0), (10, 1, 0)])
 def test_no_head_from_few_images(few, shots, fitted, little, tmp_path, monkeypatch):  # (A11)
-    asked, each = [], len(data.load("demo").train) // 10
-    monkeypatch.setattr(coft_plus, "FEW", few * each / 10)
+    asked = []
+    monkeypatch.setattr(coft_plus, "FEW", few)          # of the demo's ten
     monkeypatch.setattr(coft_plus, "fit_head", lambda *a: asked.append(a))
     run(tmp_path / "run", "--max-steps", 2, "--shots", shots, script=coft_plus)
     assert len(asked) == fitted
@@ -1804,7 +1719,7 @@ def job_and_students(model, script, *added):
     return SimpleNamespace(
         clip_model=model, args=args, added=set(added), autocast=nullcontext, full=model,
         scaler=torch.amp.GradScaler(enabled=False), device=torch.device("cpu"), W0=unit(10, 64),
-        dataset=SimpleNamespace(class_names=shapes.SHAPES, train=range(8))), students
+        dataset=SimpleNamespace(train=range(8)), C=10), students
 
 
 @pytest.mark.parametrize("script", [coft, coft_plus])
@@ -1822,7 +1737,7 @@ def test_each_student_learns_its_own_labels(frozen, monkeypatch, script):
 
 def test_learning_rates(frozen):
     job, students = job_and_students(frozen, coft, "adam")
-    word = 0.1 * float(students[0].pos.ctx.detach().std()) / coft.WORD_STD
+    word = 0.1 * float(students[0].texts.pos.detach().std()) / coft.WORD_STD
 
     def groups(number):
         found = coft.start_phase(job, number, students, 5).optimizer.param_groups
@@ -1908,8 +1823,8 @@ def test_plus_run_folder(little, tmp_path, capsys, monkeypatch):
              for c in shapes.SHAPES]
     t0, start = (clip.zeroshot_classifier(model.clip_model, some)
                  for some in (texts, [row[:1] for row in texts]))       # prompts start at PHOTO's
-    assert not model.models[0].judge.shift.any()
-    torch.testing.assert_close(model.models[1].judge.shift, t0 - start)
+    assert not model.models[0].judge.texts.shift.any()
+    torch.testing.assert_close(model.models[1].judge.texts.shift, t0 - start)
 
 
 # ======== prompt_align.py ========
@@ -1917,14 +1832,12 @@ def test_plus_run_folder(little, tmp_path, capsys, monkeypatch):
 CLASSES = ["abyssinian", "Bengal cat", "beagle"]
 
 
-def aligned_batch(seed=0, B=6, C=5, scale=3.0, views=()):
+def aligned_batch(B=6, C=5, scale=3.0, views=()):
     """Logits (*views, B, C) that want a gradient, candidate sets, confidences; double."""
-    rng = torch.Generator().manual_seed(seed)
-    l = scale * torch.randn(*views, B, C, generator=rng, dtype=torch.double)
-    S = torch.rand(B, C, generator=rng) < 0.5
-    S[torch.arange(B), torch.randint(C, (B,), generator=rng)] = True
+    l, c = scale * torch.randn(*views, B, C).double(), torch.rand(B, C).double()
+    S = torch.rand(B, C) < 0.5
+    S[torch.arange(B), torch.randint(C, (B,))] = True
     S[0], S[1] = torch.arange(C) == 2, True                             # a singleton, a full set
-    c = torch.rand(B, C, generator=rng, dtype=torch.double)
     return l.requires_grad_(True), S, c
 
 
@@ -1938,8 +1851,8 @@ def agree(a, b, x):
 @pytest.mark.parametrize("objective", [o for o in pa.OBJECTIVES if o != "crdpll"])
 def test_align_pll_losses(objective):
     # CAVL: where |l - 1| l ranks otherwise than l; where all logits are negative
-    for seed, shift in ((0, 0.9), (1, 0), (2, -1.2), (0, -20)):
-        l, S, c = aligned_batch(seed)
+    for shift in (0, -20):
+        l, S, c = aligned_batch(B=60, scale=1.0)
         l = (l + shift).detach().requires_grad_(True)
         if objective == "naive":                        # its table never moves
             c = pa.confidence(objective, torch.zeros_like(l)[None], S)
@@ -1948,13 +1861,14 @@ def test_align_pll_losses(objective):
         want = {"naive": -(S * p.log()).sum(dim=1) / S.sum(dim=1),
                 "cc": -(S * p).sum(dim=1).log(),
                 "lws": -(c * torch.where(S, p, 1 - p).log()).sum(dim=1),
-                "cavl": -p[range(6), best].log()}
+                "cavl": -p[range(60), best].log()}
         weighted = -(c * p.log()).sum(dim=1)            # RC, PRODEN, PiCO
-        agree(pa.pll_loss(objective, l[None], S, c, 1.0), want.get(objective, weighted).mean(), l)
+        views = torch.stack([l, -l])                    # they learn from the first one
+        agree(pa.pll_loss(objective, views, S, c, 1.0), want.get(objective, weighted).mean(), l)
 
 
 def test_align_crdpll():
-    l, S, c = aligned_batch(3, views=(3,))
+    l, S, c = aligned_batch(views=(3,))
     c, p = F.normalize(c * S, p=1, dim=1), l.softmax(dim=2)
     kl = (torch.xlogy(c, c) - c * p.log()).sum() / 6                    # with zeros: 0 log 0 = 0
     negative = -(~S * (1 - p[0]).log()).sum() / 6
@@ -1965,9 +1879,7 @@ def test_align_crdpll():
 
 
 def test_align_contrastive():
-    rng = torch.Generator().manual_seed(0)
-    z = torch.randn(4, 3, generator=rng, dtype=torch.double).requires_grad_(True)
-    keys = torch.randn(5, 3, generator=rng, dtype=torch.double)
+    z, keys = torch.randn(4, 3).double().requires_grad_(True), torch.randn(5, 3).double()
     y, y_keys = [0, 1, 0, 2], [0, 1, 2, -1, 1]
     everyone, labels, b = torch.cat([z, keys]), torch.tensor(y + y_keys), 0
     for i in range(4):
@@ -1978,7 +1890,7 @@ def test_align_contrastive():
 
 
 def test_align_mixed_posterior_and_weight():
-    (l, S, _), hand = aligned_batch(4), aligned_batch(5)[0]
+    (l, S, _), hand = aligned_batch(), aligned_batch()[0]
     q = pa.mixed_posterior(l, hand, S, 0.3)
     a, b = (F.normalize(S * x.softmax(dim=1), p=1, dim=1) for x in (hand, l))
     torch.testing.assert_close(q, 0.3 * a + 0.7 * b)
@@ -1991,12 +1903,11 @@ def test_align_mixed_posterior_and_weight():
     assert math.isfinite(pa.balance(torch.tensor(1.0), torch.tensor(0.0)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float, torch.double])
-def test_align_extreme_logits(dtype):
-    l = torch.tensor([[1e4, 0, -1e4, 5], [-1e4, 3, 3, 3], [0, 1e4, 0, 0]], dtype=dtype)
+def test_align_extreme_logits():
+    l = torch.tensor([[1e4, 0, -1e4, 5], [-1e4, 3, 3, 3], [0, 1e4, 0, 0]])
     S = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool()  # no mass; singleton; full
     p = pa.masked_softmax(l, S)[:2]
-    assert torch.equal(p, torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0]], dtype=dtype))
+    assert p.tolist() == [[0, 1, 0, 0], [1, 0, 0, 0]]
     assert torch.equal(pa.masked_softmax(l, torch.zeros_like(S)), torch.zeros_like(l))
     for objective in pa.OBJECTIVES:
         views = torch.stack([l] * 3).requires_grad_(True)
@@ -2007,16 +1918,14 @@ def test_align_extreme_logits(dtype):
         total = loss + pa.balance(loss, align) * align
         grad, = torch.autograd.grad(total, views)
         assert torch.isfinite(total) and torch.isfinite(grad).all(), objective
-    one = torch.tensor([[50.0, 0, 0]], dtype=dtype, requires_grad=True)  # p_0 rounds to 1
+    one = torch.tensor([[50.0, 0, 0]], requires_grad=True)              # p_0 rounds to 1
     pa.log_one_minus(one)[0, 0].backward()
     assert one.grad[0].tolist() == pytest.approx([-1, 0.5, 0.5])
 
 
 @pytest.fixture
 def random_features():
-    rng = torch.Generator().manual_seed(1)
-    f = F.normalize(torch.randn(3, 8, 64, generator=rng), dim=2)
-    return f, torch.randperm(12, generator=rng)[:8], torch.randint(10, (12,), generator=rng)
+    return unit(3, 8, 64), torch.randperm(12)[:8], torch.randint(10, (12,))
 
 
 def flipped(y_true, C, q, seed):
@@ -2039,22 +1948,6 @@ def one_step(job, S, f, i, progress=0.0, weights=(1.0,)):
     """train_step of a fresh learner: (the learner, what the log shows)."""
     learner = pa.Learner(job, S, 10, list(weights))
     return learner, pa.train_step(job, learner, 1, progress, f, i)
-
-
-def test_align_no_ambiguity_is_coop(frozen, random_features):
-    f, i, y = random_features
-    S = F.one_hot(y, 10).bool()
-    torch.manual_seed(0)
-    start = pa.Prompts(frozen, shapes.SHAPES, PHOTO, 4, [1.0, 0.0])
-    for t in start.each(frozen):
-        F.cross_entropy(frozen.logit_scale.exp() * f[0] @ t.T, y[i]).backward(retain_graph=True)
-    for objective in ("naive", "cc", "rc", "proden", "cavl", "pico"):   # not LWS and CRDPLL
-        for weights, times in (((1.0, 0.0), [1, 1]), ((1.0,), [2]), ((0.5, 0.5), [2, 1])):  # losses
-            learner, shown = one_step(job_of(frozen, objective), S, f, i, 0.3, weights)
-            found, times = learner.prompts.ctx.grad, torch.tensor(times)[:, None, None]
-            torch.testing.assert_close(found, times * start.ctx.grad[:len(found)], atol=2e-6,
-                                       rtol=1e-4)
-            assert float(shown["w"]) == pytest.approx(1, abs=1e-5)
 
 
 def test_align_total_loss(frozen, random_features):       # Eq. (10), (11)
@@ -2093,8 +1986,7 @@ def test_align_evidence(frozen):
     prompts = pa.Prompts(frozen, shapes.SHAPES, PHOTO, 4, [0.5, 2.0])
     one, other = prompts.each(frozen)
     torch.testing.assert_close(prompts(frozen), 0.5 * one + 2 * other)
-    rng = torch.Generator().manual_seed(0)
-    y, p = torch.randint(10, (2000,), generator=rng), torch.rand(2000, 10, generator=rng)
+    y, p = torch.randint(10, (2000,)), torch.rand(2000, 10)
     p[torch.arange(2000), y] += 0.5                     # right for most
     p = (4 * p).softmax(dim=1)
     for q in (0.1, 0.5, 0.9, 1):
@@ -2267,13 +2159,11 @@ def test_align_run_folder(little, tmp_path, objective):
     assert (saved["models"]["ctx"] != prompts.ctx).all(dim=2).any(dim=1).all()
 
 
-def test_align_flags_and_seed(little, tmp_path):
+def test_align_flags(little, tmp_path):
     all_differ(tmp_path, [], (
         "", "--seed 1", "--q 0.9", "--no-align", "--ctx 4", "--shots 2", "--teacher handcrafted",
         "--candidates instance", "--lr 0.5", "--template {}.", "--amp bf16", "--max-steps 2",
         "--epochs 2", "--passes 1", "--no-flip", "--objective lws"), pa)
-    run(tmp_path / "again", script=pa)
-    same_result(tmp_path / "0", tmp_path / "again")
     for coop, flags in (("a", "--supervised"), ("b", "--objective naive --no-align --q 0")):
         run(tmp_path / coop, *flags.split(), script=pa)
     same_result(tmp_path / "a", tmp_path / "b")
@@ -2351,13 +2241,11 @@ def test_load(little, drawn, tmp_path, capsys, monkeypatch, script):
     assert f"\n00000.png: {class_of['test/00000.png']}\n" in capsys.readouterr().out
 
     torch.save({**saved, "script": "other"}, tmp_path / "other.pt")
-    (tmp_path / "cut.pt").write_bytes(file.read_bytes()[:900])
     torch.save(golden_weights(VIT), tmp_path / "vit.pt")
     class_folders(tmp_path / "cats", 1, ("cat", "star"))
     torch.save({**saved, "clip": str(tmp_path / "gone.pt")}, tmp_path / "gone.model.pt")
     for args, says in (
             (["--load", tmp_path / "absent.pt"], "absent.pt is not a run's model.pt: No such file"),
-            (["--load", tmp_path / "cut.pt"], "cut.pt is not a run's model.pt"),
             (["--load", tmp_path / "vit.pt"], "vit.pt is not a run's model.pt"),
             (["--load", tmp_path / "cats/cat/000.png"], "000.png is not a run's model.pt: damaged"),
             (["--load", tmp_path / "other.pt"], "other.pt was written by other.py"),
@@ -2422,9 +2310,9 @@ def test_little_accuracy_is_warned_of(capsys):
 def test_report(drawn, tmp_path):
     names = ["<b>&", *"bcdefghij"]
     test = data.Images([f'"{i}>.png' for i in range(50)], drawn["test"][1], None, drawn["test"][0])
-    lines = [{"dataset": "a <folder>"}, *({"epoch": k, "accuracy": a, "kept": a / 100, "auroc": 0.5,
-                                           "precision": None if k == 1 else 0.5}
-                                          for k, a in ((1, 20.0), (2, 60.0))),
+    lines = [{"dataset": "a <folder>"},
+             {"epoch": 1, "accuracy": 20.0, "kept": 0.2, "auroc": 0.5, "precision": None},
+             {"epoch": 2, "accuracy": 60.0, "kept": 0.6, "auroc": 0.5, "precision": 0.5},
              {"accuracy": 60.0, "zero_shot": 20.0}]
     run_ = SimpleNamespace(lines=lines, out=tmp_path)
     p = F.one_hot(test.y_true, 10) * (0.9 - torch.rand(50, 1)) + 0.01 * torch.rand(50, 10)
@@ -2500,7 +2388,7 @@ def test_shots(drawn, little, tmp_path, monkeypatch, script, flags):            
 
 def test_copies_are_the_same():
     """What coft.py has, coft_plus.py has word for word, but for what its parts change."""
-    changed = {"Student", "FullModel", "start_phase", "train_step", "train_phase", "predict",
+    changed = {"Prompts", "FullModel", "start_phase", "train_step", "train_phase", "predict",
                "Adapted", "load", "adapt", "parse", "crops_tell"}       # the last: not in it
     for name, one in vars(coft).items():
         if getattr(one, "__module__", "") == "coft" and name not in changed:
@@ -2638,11 +2526,9 @@ def test_mixed_precision(little, tmp_path, monkeypatch):
     state = torch.load(tmp_path / "fp16" / "last.pt", weights_only=True)
     assert state["scaler"]["scale"] == 2.0**(18 - skipped["fp16"])
     assert int(state["optimizer"]["state"][0]["step"]) == 4 - skipped["fp16"]
-    off = SimpleNamespace(state={"scaler": {}, "rng": state["rng"]})    # begun without fp16
-    assert data.Run.restore(off, {"scaler": torch.amp.GradScaler("cpu")})["scaler"] == {}
     cpu, gpu = (torch.optim.AdamW([torch.ones(2)], fused=fused) for fused in (False, True))
-    off.state = {"optimizer": cpu.state_dict(), "rng": state["rng"]}
-    data.Run.restore(off, {"optimizer": gpu})
+    begun = SimpleNamespace(state={"optimizer": cpu.state_dict(), "rng": state["rng"]})
+    data.Run.restore(begun, {"optimizer": gpu})
     assert gpu.param_groups[0]["fused"]                 # not as it was where the run began
 
 
@@ -2660,16 +2546,10 @@ def test_compile(little, tmp_path, monkeypatch, device):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_loss_that_is_not_finite(little, tmp_path, monkeypatch, capsys):
-    loss, calls = coft.total_loss, []
-
-    def bad(*args):
-        calls.append(0)
-        return loss(*args) * (math.nan if len(calls) == 2 * 4 else 1)   # of step 4's two students
-    monkeypatch.setattr(coft, "total_loss", bad)
-    stops(capsys, "the loss became nan in phase 1 epoch 2/2, step 1: begin anew with a lower --lr1",
-          tmp_path / "coft")
-    assert torch.load(tmp_path / "coft" / "last.pt", weights_only=True)["epoch"] == 1
+def test_loss_that_is_not_finite(little, tmp_path, capsys):
+    stops(capsys, "the loss became nan in phase 2 epoch 1/1, step 2: begin anew with a lower --lr2",
+          tmp_path / "run", "--max-steps", 3, "--lr2", 1e18)
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["phase"] == 1
 
 
 def test_full_disk(little, tmp_path, capsys):
@@ -2684,7 +2564,7 @@ def test_full_disk(little, tmp_path, capsys):
     run(tmp_path / "run", "--max-steps", 1, "--resume")
 
 
-def test_odd_data(little, drawn, tmp_path, capsys, monkeypatch):
+def test_odd_data(little, drawn, tmp_path, monkeypatch):
     for n in (60, 1):
         few = {"train": [v[:n] for v in drawn["train"]]}
         save_pictures(tmp_path / f"{n}", few, "{i:03d}.png")

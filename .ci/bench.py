@@ -139,7 +139,7 @@ def a_job(o):
                              peft="vpt", peft_size=4, objective="cc", lr=2e-3, align=True,
                              teacher="evidence", compile=o.compiled),
         device=o.device, clip_model=o.model, dataset=dataset, autocast=o.autocast, scaler=o.scaler,
-        added=set(coft_plus.ADDITIONS), tau=o.model.logit_scale.exp())
+        C=o.C, added=set(coft_plus.ADDITIONS), tau=o.model.logit_scale.exp())
 
 
 def two_models(script, phase, o):
@@ -344,8 +344,7 @@ def one_round(N, C, top, plus, threads, device, queue):
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     coft.TOP, names, seconds, mark = top, [f"class {k}" for k in range(C)], {}, time.time()
-    job = SimpleNamespace(autocast=nullcontext, clip_model=None, added={"balance"},
-                          dataset=SimpleNamespace(class_names=names))
+    job = SimpleNamespace(autocast=nullcontext, clip_model=None, added={"balance"}, C=C)
     predict = partial(coft.predict, job, top=top)
 
     def lap(what):
@@ -367,7 +366,7 @@ def one_round(N, C, top, plus, threads, device, queue):
     lap("balance")
     coft.pseudo_labels(p[0], table.index[0], C, 16)
     lap("S*")
-    lesson = coft.select_clean(2, p, table)
+    lesson = coft.select_clean(p, table)
     coft.diagnostics(table, lesson, torch.arange(N) % C)
     coft.complementary_labels(lesson[0], C)
     lap("verdicts")

@@ -48,8 +48,8 @@ def with_filter(name, argv):
         y_true[:] = [job.dataset.train.y_true]                                  # (N,)
         return guess(job, table)
 
-    def select(number, p, table):
-        y, clean = select_clean(number, p, table)                               # (2, N) each
+    def select(p, table):
+        y, clean = select_clean(p, table)                                       # (2, N) each
         if name == "self":
             return y, coft.at(table.p_clean, table.index, y) > 0.5
         for me, peer in ((0, 1), (1, 0)):

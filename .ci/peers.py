@@ -190,8 +190,7 @@ def posteriors(job, classify, crops):
 
 def loader_of(job, *views):
     """Shuffled batches (x, ..., index) of views of the training images, N // B of them."""
-    return job.load(job.dataset.train.view(*views), shuffle=True, drop_last=True,
-                    seed=job.args.seed)
+    return job.load(job.dataset.train.view(*views), shuffle=True, seed=job.args.seed)
 
 
 def fit(job, groups, epochs, batches, step, classify):
