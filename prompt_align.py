@@ -265,11 +265,12 @@ def logits(job, texts, f):
 
 class Learner(nn.Module):
     """The prompts, their optimiser for so many steps, the candidate sets and their confidences
-    (N, C). weights of the prompts in the prediction: [aligned, CC's, the objective's]; two of them
-    if that is CC, or if the sets are not trusted (no CC); [1] if one prompt is all."""
+    (N, C). weights of the prompts in the prediction: [aligned, CC's, the objective's]; the first
+    two, where CC takes the objective's place; [1] if one prompt is all."""
     def __init__(self, job, sets, steps, weights):
         super().__init__()
-        objective, names = job.args.objective, job.dataset.class_names
+        self.objective = objective = job.args.objective if len(weights) != 2 else "cc"
+        names = job.dataset.class_names
         torch.manual_seed(job.args.seed)
         self.prompts = Prompts(job.clip_model, names, job.dataset.templates[0], job.args.ctx,
                                weights)
@@ -307,7 +308,7 @@ def pico_step(learner, epoch, progress, f, i, l, S):
 
 def train_step(job, learner, epoch, progress, f, i):
     """One step on the features f (A, B, D) of the images i (B,). Returns what the log shows."""
-    objective, scaler, scale = job.args.objective, job.scaler, job.scaler.get_scale()
+    objective, scaler, scale = learner.objective, job.scaler, job.scaler.get_scale()
     f, i = f.to(job.device), i.to(job.device)
     S, extra = learner.sets[i], 0.0                                             # (B, C)
     each = logits(job, learner.prompts.each, f)                                 # (M, A, B, C)
@@ -369,8 +370,8 @@ def train(job, passes, sets, weights, trial=False):
 
 def choose_weights(job, passes, sets):
     """The weights of the prompts, see Learner: [1] Eq. 11, or no alignment; [1, 0] only the aligned
-    one counts; [1/2, 1/2] it and CC's; else three, the objective's with 1/3, or 0: whether it
-    `helps` to explain a fifth of the sets (N, C), for prompts that learnt from the others."""
+    one counts; three if the objective's `helps` to explain a fifth of the sets (N, C), for prompts
+    that learnt from the others; else [1/2, 1/2], it and CC's."""
     args, run = job.args, job.run
     if run.state:                                       # --resume has them
         return run.state["learner"]["prompts.weights"].tolist()
@@ -387,7 +388,7 @@ def choose_weights(job, passes, sets):
         l = logits(job, learner.prompts.each, job.f_train[None, held].to(job.device))
     joins = helps(l[:, 0].cpu(), sets[held])                                    # l (3, 1, n, C)
     run.say(f"{args.objective} {'helps' if joins else 'does not help'} to explain held-out sets")
-    return [1 / 3] * 3 if joins else [0.5, 0.5, 0.0]
+    return [1 / 3] * 3 if joins else [0.5, 0.5]
 
 
 # ======== evaluation ========

@@ -1954,7 +1954,7 @@ def test_align_total_loss(frozen, random_features):       # Eq. (10), (11)
     f, i, y = random_features
     S = flipped(y, 10, 0.5, 0)
     for teacher, weights in (("evidence", [1.0, 0.0]), ("evidence", [0.5, 0.5]),
-                             ("evidence", [0.5, 0.5, 0.0]), ("dynamic", [1.0]),
+                             ("evidence", [1 / 3] * 3), ("dynamic", [1.0]),
                              ("handcrafted", [1.0])):
         job = job_of(frozen, "crdpll", teacher)
         learner, shown = one_step(job, S, f, i, 0.4, weights)
@@ -1963,6 +1963,8 @@ def test_align_total_loss(frozen, random_features):       # Eq. (10), (11)
         l = [job.tau * f @ t.T for t in start.each(frozen)]                     # (A, B, C) each
         hand, c = job.tau * f[0] @ job.t_hand.T, F.normalize(S[i].float(), p=1, dim=1)
         pll, alpha = pa.loss_crdpll(l[-1], S[i], c, 0.8), 1 if teacher == "handcrafted" else 0.6
+        if len(weights) == 2:                           # CC in the objective's place
+            pll = pa.loss_cc(l[-1][0], S[i])
         align = pa.loss_weighted(l[0][0], pa.mixed_posterior(l[0][0], hand, S[i], alpha))
         want = pll + (align if teacher == "evidence" else (pll / align).detach() * align)
         if len(weights) > 1 and weights[1]:             # the sets do not follow CLIP
@@ -2195,7 +2197,7 @@ def test_align_user_errors(little, tmp_path, capsys):
 def test_align_full_sets_fall_back_to_zero_shot(little, tmp_path, objective):
     flags = ["--q", 1, "--objective", objective, "--teacher", "evidence"]
     (*_, last), *_ = run(tmp_path / "run", *flags, script=pa)
-    assert last["weights"] == [0.5, 0.5, 0]
+    assert last["weights"] == [0.5, 0.5]
     assert abs(last["accuracy"] - last["zero_shot"]) <= 2, last     # one image of fifty
 
 
