@@ -433,9 +433,9 @@ def train_phase(job, number, students, weak, lesson, table):
                                  steps - epoch * len(loaders[0])):
             run.rows.append(train_step(job, phase, batches, y, clean))
         means = run.means(f"--lr{min(number, 2)}")
-        n = epoch + 1 if "views" in job.added else 0    # (A1) looks before this one
-        # this epoch's weight in p (all before the phase counts as one), in p_clean (later 0)
-        rate = 1 / (n + 1), 1 / max(1, n) if verdict else 0.0
+        # (A1) p is the mean over looks at the images: one an epoch, all before the phase as one
+        n = epoch + 1 if "views" in job.added else 0
+        rate = 1 / (n + 1), 1 / max(1, n) if verdict else 0.0       # of this look in p, p_clean
         if number < 3:                                  # (A7) phase 3 keeps its table
             table = predict(job, phase.students, looks, verdict, table, rate)
         run.report(phase=number, epoch=epoch + 1, **means,
