@@ -61,8 +61,7 @@ from clip.clip import MEAN, STD, to_rgb
 
 ENSEMBLE = ("itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
             "a {} in a video game.", "art of the {}.", "a photo of the small {}.")  # CLIP's best 7
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif",
-              ".jfif")
+EXTENSIONS = tuple(".jpg .jpeg .png .ppm .pgm .bmp .tif .tiff .webp .gif .jfif".split())
 UNREAD = ".heic", ".heif", ".avif"              # a phone's, which are warned of and skipped
 SPLITS = ("train", "test", "val", "valid", "validation")
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")      # no EPS: Pillow would run it
@@ -233,21 +232,21 @@ class PixelCache:
     """Pixels of N images as one `prepare` makes them, in memory that the loader's processes share
     and fill as images are first asked for. Long ones, of over 2 size^2 pixels, are left out."""
     def __init__(self, N, prepare):
+        room = 3 * prepare.size * 2 * prepare.size      # bytes of an image; unused cost none
         self.prepare = prepare
-        self.room = 3 * prepare.size * 2 * prepare.size     # bytes of an image; unused cost none
-        self.memory = torch.frombuffer(mmap.mmap(-1, N * self.room), dtype=torch.uint8)
+        self.memory = torch.frombuffer(mmap.mmap(-1, N * room), dtype=torch.uint8).view(N, room)
         self.shapes = torch.frombuffer(mmap.mmap(-1, 8 * N), dtype=torch.int32).view(N, 2)  # or 0
 
     def get(self, i, image):
         """(H, W, 3) uint8; image(i) is decoded the first time only."""
-        (h, w), start = self.shapes[i].tolist(), i * self.room
-        if h == 0:
-            x = self.prepare(image(i))
-            if x.numel() <= self.room:
-                self.memory[start:start + x.numel()] = x.flatten()
-                self.shapes[i] = torch.tensor(x.shape[:2])
-            return x
-        return self.memory[start:start + 3 * h * w].view(h, w, 3)
+        h, w = self.shapes[i].tolist()
+        if h * w > 0:
+            return self.memory[i, :3 * h * w].view(h, w, 3)
+        x = self.prepare(image(i))
+        if x.numel() <= self.memory.shape[1]:
+            self.memory[i, :x.numel()] = x.flatten()
+            self.shapes[i] = torch.tensor(x.shape[:2])
+        return x
 
 
 def cache_pixels(dataset, transforms, gb):
@@ -265,15 +264,13 @@ def cache_pixels(dataset, transforms, gb):
 
 class EpochSampler(Sampler):
     """The batches of each epoch, lists of (index, seed), from (seed, epoch) alone. Of several
-    processes each takes its shard of every batch if shuffled, else of the images (for tables).
-    `among`: the images that a shuffled epoch of unchanged length draws from; empty: all."""
+    processes each takes its shard of every batch. `among`: the images that a shuffled epoch of
+    unchanged length draws from; empty: all."""
     def __init__(self, n, batch_size, shuffle=False, seed=0, epoch=0):
-        self.n, self.shuffle, self.seed, self.epoch = n, shuffle, seed, epoch
-        self.batch_size = batch_size if shuffle else max(1, batch_size // world_size())
-        self.among = []
-        self.used = len(shard(range(n)))
-        if shuffle:                                     # whole batches, but leave one
-            self.used = n - n % (batch_size if n >= batch_size else world_size())
+        self.n, self.batch_size, self.shuffle = n, batch_size, shuffle
+        self.seed, self.epoch, self.among = seed, epoch, []
+        whole = batch_size if n >= batch_size else world_size()
+        self.used = n - n % whole if shuffle else n     # shuffled: whole batches, but leave one
 
     def __len__(self):
         return math.ceil(self.used / self.batch_size)
@@ -281,23 +278,21 @@ class EpochSampler(Sampler):
     def __iter__(self):
         rng = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         self.epoch += 1
-        seeds, order = torch.randint(2**62, (self.n,), generator=rng).tolist(), shard(range(self.n))
-        if self.shuffle:
-            order = torch.randperm(self.n, generator=rng).tolist()
+        seeds = torch.randint(2**62, (self.n,), generator=rng).tolist()
+        order = torch.randperm(self.n, generator=rng).tolist() if self.shuffle else range(self.n)
         items = [(i, seeds[i]) for i in order[:self.used]]
         if self.among:                                  # each as often as the others, or once more
             n, times = len(self.among), math.ceil(self.used / len(self.among))
             drawn = torch.cat([torch.randperm(n, generator=rng) for _ in range(times)])
             items = [(self.among[k], seed) for k, seed in zip(drawn[:self.used].tolist(), seeds)]
-        for k in range(0, len(items), self.batch_size):
-            batch = items[k:k + self.batch_size]
-            yield shard(batch) if self.shuffle else batch
+        for k in range(0, self.used, self.batch_size):
+            if batch := shard(items[k:k + self.batch_size]):    # a table's last one may be short
+                yield batch
 
 
 class DeviceLoader(DataLoader):
     """Batches (x1, x2, ..., index) of a view of N images: the x normalised floats (B, 3, R, R) on
-    the device, index (B,) on the CPU. What crosses from the loader's processes is uint8. Give
-    `epoch` where a run resumes."""
+    the device, index (B,) on the CPU. Its processes send uint8. epoch: where a run resumes."""
     def __init__(self, view, batch_size, shuffle=False, seed=0, workers=0, device="cpu", epoch=0,
                  pin=True):
         self.N, self.device = len(view), torch.device(device)
@@ -310,14 +305,11 @@ class DeviceLoader(DataLoader):
             generator=torch.Generator().manual_seed(0))         # not the global one
 
     def __iter__(self):
-        shown = time.time()
-        for done, (*views, index) in enumerate(super().__iter__(), 1):
+        for n, (*views, index) in enumerate(super().__iter__(), 1):
             yield (*(normalize(x.to(self.device, non_blocking=self.pin_memory))
                      for x in views), index)
-            if not self.batch_sampler.shuffle and sys.stdout.isatty() and time.time() - shown > 0.2:
-                shown = time.time()                     # training says more, see `Run.steps`
-                print(f"\r{f'looking at images, batch {done} of {len(self)}':<99}", end="",
-                      flush=True)
+            if not self.batch_sampler.shuffle and sys.stdout.isatty():  # training: `Run.steps`
+                print(f"\r{f'looking at images, batch {n} of {len(self)}':<99}", end="", flush=True)
 
 
 def worker_init(_):
@@ -330,9 +322,9 @@ def worker_init(_):
 
 class Known(NamedTuple):
     """A public data set, as CoOp or torchvision lays it out."""
-    folders: tuple              # its folder is called so by CoOp, and (the last one) by torchvision
+    folders: tuple = ("",)      # called so by CoOp, and (the last one) by torchvision; or own
     template: str = "a photo of a {}."          # CoOp's hand-crafted prompt
-    split: str = ""             # CoOp's split file
+    split: str = ""             # CoOp's split_zhou_*.json
     images: str = ""            # the folder that the split's paths are relative to
     rename: dict = {}           # class folder -> class name; None: not a class
     kind: str = ""              # torchvision's class, which downloads
@@ -344,31 +336,29 @@ class Known(NamedTuple):
 ARRAYS = ({"train": True}, {"train": False})
 SETS = (
     Known(("imagenet", "ilsvrc2012"), images="images"),
-    Known(("caltech-101", "caltech101"), split="split_zhou_Caltech101.json",
-          images="101_ObjectCategories", kind="Caltech101", parts=(),
-          rename={"BACKGROUND_Google": None, "Faces_easy": None, "Faces": "face",
-                  "Leopards": "leopard", "Motorbikes": "motorbike", "airplanes": "airplane"}),
+    Known(("caltech-101", "caltech101"), split="Caltech101", images="101_ObjectCategories",
+          rename={"BACKGROUND_Google": None, "Faces_easy": None, "Faces": "face", "Leopards":
+                  "leopard", "Motorbikes": "motorbike", "airplanes": "airplane"},
+          kind="Caltech101", parts=()),
     Known(("oxford_pets", "oxford-iiit-pet"), "a photo of a {}, a type of pet.",
-          "split_zhou_OxfordPets.json", "images", {"annotations": None}, "OxfordIIITPet",
+          "OxfordPets", "images", {"annotations": None}, "OxfordIIITPet",
           ({"split": "trainval"}, {"split": "test"}), "_images", str.lower),
-    Known(("stanford_cars",), split="split_zhou_StanfordCars.json", kind="StanfordCars",
-          keeps="_samples", clean=lambda name: " ".join([name.split()[-1], *name.split()[:-1]])),
+    Known(("stanford_cars",), split="StanfordCars", kind="StanfordCars", keeps="_samples",
+          clean=lambda name: " ".join([name.split()[-1], *name.split()[:-1]])),
     Known(("oxford_flowers", "flowers-102"), "a photo of a {}, a type of flower.",
-          "split_zhou_OxfordFlowers.json", "jpg", kind="Flowers102"),
-    Known(("food-101",), "a photo of {}, a type of food.", "split_zhou_Food101.json", "images",
-          kind="Food101"),
+          "OxfordFlowers", "jpg", kind="Flowers102"),
+    Known(("food-101",), "a photo of {}, a type of food.", "Food101", "images", kind="Food101"),
     Known(("fgvc_aircraft", "fgvc-aircraft-2013b"), "a photo of a {}, a type of aircraft.",
           kind="FGVCAircraft"),
-    Known(("sun397", "SUN397"), split="split_zhou_SUN397.json", images="SUN397", kind="SUN397",
+    Known(("sun397", "SUN397"), split="SUN397", images="SUN397", kind="SUN397",
           parts=({},), clean=lambda name: " ".join(reversed(name.split("/")))),
-    Known(("dtd",), "{} texture.", "split_zhou_DescribableTextures.json", "images", kind="DTD"),
-    Known(("eurosat",), "a centered satellite photo of {}.", "split_zhou_EuroSAT.json", "2750",
+    Known(("dtd",), "{} texture.", "DescribableTextures", "images", kind="DTD"),
+    Known(("eurosat",), "a centered satellite photo of {}.", "EuroSAT", "2750",
           {"AnnualCrop": "Annual Crop Land", "Highway": "Highway or Road",
            "HerbaceousVegetation": "Herbaceous Vegetation Land", "Pasture": "Pasture Land",
            "Industrial": "Industrial Buildings", "PermanentCrop": "Permanent Crop Land",
            "Residential": "Residential Buildings", "SeaLake": "Sea or Lake"}, "EuroSAT", ()),
-    Known(("ucf101",), "a photo of a person doing {}.", "split_zhou_UCF101.json",
-          "UCF-101-midframes"),
+    Known(("ucf101",), "a photo of a person doing {}.", "UCF101", "UCF-101-midframes"),
     Known(("cifar10", "cifar-10-batches-py"), kind="CIFAR10", parts=ARRAYS, keeps="data"),
     Known(("cifar100", "cifar-100-python"), kind="CIFAR100", parts=ARRAYS, keeps="data"),
     Known(("mnist", "MNIST"), 'a photo of the number: "{}".', kind="MNIST", parts=ARRAYS,
@@ -376,16 +366,13 @@ SETS = (
     Known(("imagenette", "imagenette2"), kind="Imagenette", keeps="_samples",
           parts=({"split": "train"}, {"split": "val"}), clean=lambda names: names[0]),
 )
+BY_NAME = {name: known for known in SETS
+           for name in (*known.folders, f"split_zhou_{known.split}.json")}
 EXPECTED = f"""Expected one of
   DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg (or val)
   DIR/CLASS/*.jpg
   DIR/*.jpg and --classes FILE|a,b,c
   a data set as CoOp or torchvision lays it out: {', '.join(k.folders[0] for k in SETS)}"""
-
-
-def by_name(folder):
-    """The data set whose folder is called so, or one without properties: the user's own."""
-    return next((known for known in SETS if folder in known.folders), Known(("",)))
 
 
 # The reader of a layout returns a text for the description, the class names (None if only --classes
@@ -411,10 +398,10 @@ def read_aircraft(root):
     """CoOp's lists: the classes in variants.txt, and lines `1025794 707-320` for each part."""
     names, parts = read_text(root / "variants.txt").splitlines(), []
     for part in ("train", "test"):
-        rows = [line.partition(" ")
-                for line in read_text(root / f"images_variant_{part}.txt").strip().splitlines()]
-        parts.append(Images([f"images/{number}.jpg" for number, _, _ in rows],
-                            [names.index(name) for _, _, name in rows], root))
+        lines = read_text(root / f"images_variant_{part}.txt").splitlines()
+        numbers, variants = zip(*(line.split(" ", 1) for line in lines))
+        files = [f"images/{number}.jpg" for number in numbers]
+        parts.append(Images(files, [names.index(name) for name in variants], root))
     return "CoOp's official split", names, *parts
 
 
@@ -465,16 +452,15 @@ def read_folders(root, known, classes, split):
     parts = [f"{base}/{d}".lstrip("/") for d in SPLITS if (root / base / d).is_dir()]
     if len(parts) > 1 and parts[0].endswith("train"):
         seen, train = class_folders(root, parts[0], known)
-        tests = {d: class_folders(root, d, known) for d in parts[1:]}
-        parts[1] = next((d for d in tests if tests[d][0]), parts[1])    # rather a labelled one
-        tested, test = tests[parts[1]]
+        part, tested, test = max(((d, *class_folders(root, d, known)) for d in parts[1:]),
+                                 key=lambda found: bool(found[1]))      # rather a labelled one
         names = seen or tested or classes or []
         if not set(tested) <= set(names):
-            raise DataError(f"{parts[1]}/ has class folders that {parts[0]}/ lacks: "
+            raise DataError(f"{part}/ has class folders that {parts[0]}/ lacks: "
                             f"{', '.join(c for c in tested if c not in names)}")
         if tested:                                      # some classes may have no test images
             test.y_true = torch.tensor([names.index(c) for c in tested])[test.y_true]
-        return f"{parts[0]}/{'' if seen else ', no labels'} + {parts[1]}/", names, train, test
+        return f"{parts[0]}/{'' if seen else ', no labels'} + {part}/", names, train, test
     names, images = class_folders(root, base, known)
     if names in [[d] for d in SPLITS]:                  # alone: its own folders are the classes
         names, images = class_folders(root, parts[0], known)
@@ -525,7 +511,7 @@ def list_images(root, base=""):
         inside = Path(folder).relative_to(root).as_posix()
         here = Path(folder).resolve()                   # a link to a folder above has no end
         folders[:] = [d for d in folders if not d.startswith(".")
-                      and not here.is_relative_to(Path(folder, d).resolve())]
+                      and not here.is_relative_to((here / d).resolve())]
         if "args.json" in names:                        # a run folder
             names, folders[:] = [], []
         files += [f"{inside}/{name}".removeprefix("./") for name in names
@@ -540,8 +526,8 @@ def plain_name(name):
 
 
 def meant(name, names):
-    """Which of the names are meant by one: those spelt so, else so but for case and underscores,
-    else those with the same `plain_name` unless they differ (`c++`, `c#`). Returns indices."""
+    """Indices of the names that are meant by one: spelt so, else so but for case and underscores,
+    else with the same `plain_name`, unless these differ (`c++`, `c#`)."""
     def folded(c):
         return " ".join(c.replace("_", " ").split()).casefold()
     for key in (str, folded, plain_name):
@@ -571,7 +557,7 @@ def read_json(path):
     text = re.sub(r"\A\s*```\w*\n|\n```\s*\Z", "", read_text(path))     # an LLM's code fence
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as e:
+    except json.JSONDecodeError as e:
         raise DataError(f"{path} is not valid JSON: {e}") from None
 
 
@@ -579,9 +565,8 @@ def load(path, classes=None, template=None, adapted=None):
     """`Data` of a folder or of demo[:STYLE]. Opens each of up to MOST_OPENED images. classes: None,
     "a,b,c" or a file with one name per line, the folder's own among them, if it has any. template:
     None (the data set's), "ensemble" (eight) or a text with one {}. adapted: the classes of a model
-    that is there; all images of class folders are then the test set if they have no test/. Raises
-    DataError."""
-    path, classes = str(path), adapted or listed_classes(classes)
+    that is there; all images of class folders are then the test set if they have no test/."""
+    path, classes = str(path), adapted or classes and listed_classes(classes)
     if path == "demo" or path.startswith("demo:"):
         known, text = Known(("demo",)), path[5:] or "narrow"
         if text not in shapes.STYLES:
@@ -593,11 +578,10 @@ def load(path, classes=None, template=None, adapted=None):
             parts.append(Images(files, labels, pictures=pictures))
     else:
         root = locate(Path(os.path.expanduser(path or "(nothing)")).absolute())
-        splits = [file.name for file in root.glob("split_zhou_*.json")]
-        known = next((k for k in SETS if k.split in splits), by_name(root.name))
-        if splits:
-            file = known.split if known.split in splits else sorted(splits)[0]
-            text, names, *parts = read_coop(root / file, known.images)
+        split = min(root.glob("split_zhou_*.json"), default=None)
+        known = BY_NAME.get(split and split.name, BY_NAME.get(root.name, Known()))
+        if split:
+            text, names, *parts = read_coop(split, known.images)
         elif (root / "images_variant_train.txt").is_file():
             text, names, *parts = read_aircraft(root)
         elif known.kind and known.parts and root.name == known.folders[-1] and not (
@@ -622,7 +606,7 @@ def load(path, classes=None, template=None, adapted=None):
         train = readable(train)
         test = train if parts[1] is parts[0] else readable(test)
     own = known.template if template in (None, "ensemble") else template
-    if own.count("{}") != 1 or re.search("[{}]", own.replace("{}", "")):
+    if re.findall("[{}]+", own) != ["{}"]:
         raise DataError(f"--template {template!r}: expected `ensemble` or a text with one {{}}")
     templates = [own, *(ENSEMBLE if template == "ensemble" else ())]
     return Data(train, test, names, templates, f"{known.folders[0] or path}: {text}; "
@@ -632,7 +616,7 @@ def load(path, classes=None, template=None, adapted=None):
 
 def locate(root):
     """The folder, or image, of --data; a data set that is not there torchvision downloads."""
-    known = by_name(root.name)
+    known = BY_NAME.get(root.name, Known())
     home = root.parent / (known.folders[-1] or root.name)
     if root.is_file() and root.name.lower().endswith(EXTENSIONS + UNREAD):
         return root
@@ -650,7 +634,6 @@ def locate(root):
 
 def readable(images):
     """The images that can be decoded; a warning names the others."""
-
     def problem(file):
         try:
             decode(os.path.join(images.root, file), draft=True)
@@ -673,9 +656,7 @@ def readable(images):
 
 
 def listed_classes(classes):
-    """--classes (see `load`) as a list of names, or None."""
-    if classes is None:
-        return None
+    """--classes (see `load`) as a list of names."""
     if not os.path.isfile(classes) and "," not in classes:
         raise DataError(f"--classes {classes}: neither a file nor a list a,b,c (of one: a,)")
     text = read_text(classes).strip() if os.path.isfile(classes) else classes
@@ -683,8 +664,7 @@ def listed_classes(classes):
 
 
 def check_classes(names):
-    """Class names as they go into the prompt, with spaces for underscores. DataError unless they
-    are all different, or a thousand."""
+    """Class names as they go into the prompt; DataError unless all differ, or are a thousand."""
     names = [" ".join(c.replace("_", " ").split()) for c in names]
     if len(set(map(str.casefold, names))) < len(names) < 1000 or not names:     # two `missile`
         raise DataError(f"class names must be given, all different, got {', '.join(names[:20])}")
@@ -709,18 +689,15 @@ def add_common(parser, script, batch_size, what="images per step, of all process
     """The flags that all scripts share."""
     add, switch = parser.add_argument, {"action": argparse.BooleanOptionalAction}
     parser.set_defaults(script=script)                  # which --resume compares
-    add("--data", default="demo", help="folder of images, see data.py, or one image, or "
-        "demo[:STYLE] (%(default)s)")
+    add("--data", default="demo", help="folder (see data.py), image, demo[:STYLE] (%(default)s)")
     add("--classes", help="class names: a,b,c or a file with one per line")
     add("--template", help="prompt with {} for the class name, or `ensemble`: eight of them")
     add("--arch", help="tiny, ViT-B/16, RN50, ...; default: tiny for the demo, else ViT-B/16")
-    add("--weights", type=on_disk, help="CLIP weights from disk: OpenAI's, open_clip's, "
-        "Hugging Face's")
+    add("--weights", type=on_disk, help="file: OpenAI's, open_clip's, Hugging Face's")
     add("--quick-gelu", help="the weights' activation; default: what the file says, else yes; "
         "--no-quick-gelu for most that were trained on LAION", **switch)
     add("--load", metavar="FILE", help="a run's model.pt: no training, classifies --data")
-    add("--out", type=os.path.expanduser, help=f"run folder; default: the first free one of "
-        f"runs/{script}-1, -2, ...")
+    add("--out", type=os.path.expanduser, help=f"run folder; default: runs/{script}-N, a new one")
     add("--seed", type=int, default=0, help="of all that is random (%(default)s)")
     add("--device", help="cuda, cuda:1, mps, cpu; default: the best there is")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
@@ -729,15 +706,13 @@ def add_common(parser, script, batch_size, what="images per step, of all process
     add("--workers", type=int, help="loader processes; default: up to 4, 0 for images in "
         "memory and where they cannot share them (macOS, Windows, containers: /dev/shm < 1 GB)")
     add("--cache", type=float, default=4, metavar="GB", help="memory for pixels (%(default)s)")
-    add("--flip", help="mirror half of the augmented images; default: if that moves their "
-        "zero-shot posteriors less than cropping does", **switch)
+    add("--flip", help="mirror half of the views; default: if CLIP minds less than crops", **switch)
     add("--max-steps", type=int, help="stop (each phase) there, to try things out")
     add("--resume", default=False, help="continue the run in --out", **switch)
 
 
 def free_folder(script):
-    """Makes and returns the first free one of runs/SCRIPT-1, -2, ...; runs that begin at once get
-    one each."""
+    """Makes and returns the first free one of runs/SCRIPT-1, -2, ..."""
     for n in itertools.count(1):
         with suppress(FileExistsError):
             os.makedirs(out := f"runs/{script}-{n}")
@@ -766,8 +741,6 @@ def setup(args, settings={}):
     .saved (what --load read), .amp_dtype (None: full precision), .load (`DeviceLoader` with this
     run's settings), and loaders of the plain images: .train, .test (the same one if these are one
     set). settings: {flag: (of CLIPs with D < 512, of larger ones)}, for flags not given."""
-    if "run" in args:                                   # and settings filled in, a notebook's
-        raise DataError("these args have had their run: parse them anew")
     device, saved = pick_device(args.device), None
     torch.manual_seed(args.seed)
     if args.load and args.classes:
@@ -821,21 +794,19 @@ def setup(args, settings={}):
 
 
 def second_clip(name, clip_model, quick_gelu):
-    """Another CLIP for the same images, frozen; without a name `clip_model` itself. quick_gelu: of
-    a file, see clip.load."""
+    """Another CLIP for the same images, frozen; without a name `clip_model` itself."""
     if not name:
         return clip_model
     other, _ = clip.load(name, device=clip_model.logit_scale.device,
                          quick_gelu=quick_gelu if os.path.exists(name) else None)
-    sizes = [one.visual.input_resolution for one in (other, clip_model)]
-    if sizes[0] != sizes[1]:
-        raise DataError(f"--student {name} takes images of {sizes[0]} pixels, not {sizes[1]}")
+    R, size = clip_model.visual.input_resolution, other.visual.input_resolution
+    if size != R:
+        raise DataError(f"--student {name} takes images of {size} pixels, not {R}")
     return other.requires_grad_(False)
 
 
 def pick_device(name=None):
-    """torch.device of --device; without a name CUDA, then MPS, then CPU. DataError if unusable.
-    Of several processes each takes a GPU of its own."""
+    """torch.device of --device, else the best there is; to each of several processes its GPU."""
     best = "mps" if torch.backends.mps.is_available() else "cpu"
     name = name or ("cuda" if torch.cuda.is_available() else best)
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
@@ -853,9 +824,8 @@ def report_zero_shot(job, accuracy):
     job.run.say("no test labels" if accuracy is None else f"zero-shot accuracy {accuracy:.2f} %")
     known, C = job.dataset.name or job.args.weights, len(job.dataset.class_names)
     if known and accuracy is not None and accuracy < min(500 / C, 35):
-        print("warning: that is little: does label k mean class name k, does the split file belong "
-              "to these images, do the weights need --no-quick-gelu (most of LAION's do)?",
-              file=sys.stderr)
+        print("warning: that is little: are labels and class names in the same order, do the "
+              "weights need --no-quick-gelu (most of LAION's do)?", file=sys.stderr)
 
 
 def some(images):
@@ -887,8 +857,7 @@ def accuracy(y, y_true):
 
 
 def few_shot(y_true, K, seed):
-    """Indices of K images per class, of all where there are fewer. y_true (N,), or None if they are
-    not known: DataError."""
+    """Indices of K images per class, of all where there are fewer. y_true (N,); None: DataError."""
     if y_true is None:
         raise DataError("--shots: the training images have no labels")
     order = torch.randperm(len(y_true), generator=torch.Generator().manual_seed(seed))
@@ -998,7 +967,7 @@ def command_line(adapt, args):
     try:
         for flag, value in vars(args).items():
             least = flag in ("batch_size", "rounds", "passes", "max_steps")     # 1; else 0
-            most = {"q": 1}.get(flag, 2**63 - 1)
+            most = 1 if flag == "q" else math.inf
             if isinstance(value, (int, float)) and not least <= value <= most:
                 raise DataError(f"--{flag.replace('_', '-')} {value} is out of range")
         if args.batch_size % n:
@@ -1039,32 +1008,23 @@ class Run:
             raise DataError(f"{out} holds no run to --resume" if resume else
                             f"{out} already holds a run: give --resume, or another --out")
         if broadcast_from_rank0((self.out / "last.pt").exists) and resume:
-            self.read_state(args)
+            self.state = torch.load(self.out / "last.pt", map_location="cpu", weights_only=True)
+            self.lines, self.images, self.busy, seconds = self.state["run"]
+            self.start -= seconds
+            free = "resume", "out", "device", "workers", "cache", "export"
+            other = [f"--{k.replace('_', '-')} {v}" for k, v in self.lines[0].items()
+                     if args.get(k) != v and k not in free]
+            if other:
+                raise DataError(f"--resume: this run was begun with {' '.join(other)}")
         with replacing(self.out / "args.json", "w") as file:
             json.dump(self.lines[0], file, indent=2)
-        self.log()
 
     def undo(self):
         """Takes the folder back where a mistake ended the run before anything was learnt."""
-        if rank() == 0 and not any((self.out / f).exists() for f in ("last.pt", "predictions.csv")):
+        if rank() == 0 and len(self.lines) == 1:
             with suppress(OSError):                     # what else is there stays
-                for name in ("args.json", "log.jsonl"):
-                    (self.out / name).unlink()
+                (self.out / "args.json").unlink()
                 self.out.rmdir()
-
-    def read_state(self, args):
-        """What last.pt holds; DataError if it is damaged, or of a run with other settings."""
-        try:
-            self.state = torch.load(self.out / "last.pt", map_location="cpu", weights_only=True)
-            self.lines, self.images, self.busy, seconds = self.state["run"]
-        except Exception as e:                          # torch.load raises nearly anything
-            raise DataError(f"{self.out}/last.pt is not a checkpoint: {reason(e)}") from None
-        self.start -= seconds
-        free = "resume", "out", "device", "workers", "cache", "export"
-        other = [f"--{k.replace('_', '-')} {v}" for k, v in self.lines[0].items()
-                 if args.get(k) != v and k not in free]
-        if other:
-            raise DataError(f"--resume: this run was begun with {' '.join(other)}")
 
     def restore(self, parts):
         """Gives each of {name: module, optimizer, ...} its state; the rest of last.pt."""
@@ -1089,11 +1049,6 @@ class Run:
         with replacing(self.out / name) as file:
             torch.save(content, file.name)              # by name: Ctrl-C does not spoil a write
 
-    def log(self, **line):
-        self.lines += [line] if line else []
-        with replacing(self.out / "log.jsonl", "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in self.lines)
-
     def steps(self, batches, images, where, left):
         """At most `left` steps of so many images. The caller appends a dict for each to `rows`."""
         self.rows, self.where, self.mark = [], where, time.time()
@@ -1106,15 +1061,13 @@ class Run:
                          f"{speed:.0f} img/s, {left * images / speed:.0f} s left", end="")
 
     def means(self, lower):
-        """The means of the epoch's rows; "skipped" is the sum. DataError, which names the flag to
-        `lower`, if a loss is not finite."""
+        """The means of the epoch's rows, "skipped": the sum. DataError if a loss is not finite."""
         rows = [{k: float(v) for k, v in row.items()} for row in self.rows]     # waits for the GPU
         self.busy += time.time() - self.mark
-        for step, row in enumerate(rows, 1):
-            if not math.isfinite(row["loss"]):
-                raise DataError(f"the loss became {row['loss']} in {self.where}, step {step}: "
-                                f"begin anew with a lower {lower}")
         means = {k: round(sum(row[k] for row in rows) / len(rows), 4) for k in rows[0]}
+        if not math.isfinite(means["loss"]):
+            raise DataError(f"the loss became {means['loss']} in {self.where}: begin anew with a "
+                            f"lower {lower}")
         return {**means, "skipped": int(sum(row["skipped"] for row in rows))}
 
     def report(self, **facts):
@@ -1122,7 +1075,9 @@ class Run:
         facts |= {"seconds": round(time.time() - self.start, 1),
                   "images_per_second": round(self.images / self.busy) if self.busy else None,
                   "peak_memory_gb": peak_memory_gb()}
-        self.log(**facts)
+        self.lines.append(facts)
+        with replacing(self.out / "log.jsonl", "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in self.lines)
         self.say("  ".join(f"{k} {v:.6g}" for k, v in facts.items() if isinstance(v, (int, float))))
         return facts
 
@@ -1143,8 +1098,7 @@ def peak_memory_gb():
 def replacing(path, mode="wb", **how):
     """A file that takes the place of `path` once it is complete. Only the first process writes."""
     part = f"{path}.tmp" if rank() == 0 else os.devnull
-    if rank() == 0:
-        Path(part).parent.mkdir(parents=True, exist_ok=True)
+    Path(part).parent.mkdir(parents=True, exist_ok=True)
     try:
         with open(part, mode, **how) as file:
             yield file
@@ -1200,26 +1154,23 @@ def pseudo_label_sheet(path, images, class_names, y, clean, score):
 
 
 def write_report(run, images, class_names, p, index):
-    """report.html, one file that needs no other: curves of the log, the confusion matrix (of up to
-    40 classes, if there are labels), pseudo_labels.png, the fifty least certain test images with
-    their two likeliest classes. p (N, H): softmax of the test images, for the classes index."""
+    """report.html, one file that needs no other: curves of the log, confusion matrix (of up to 40
+    classes), pseudo_labels.png, the least certain images. p (N, H): see `write_results`."""
     def inline(image):
         image.save(file := io.BytesIO(), "PNG")
         return f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
-    names, last = [html.escape(c) for c in class_names], run.lines[-1]
+    names, (args, *epochs, last) = [html.escape(c) for c in class_names], run.lines
     best, place = p.topk(min(2, p.shape[1]), dim=1)                             # (N, 2) each
     k = index.gather(1, place).long()                                           # classes
-    accuracies = "".join(f"<p>{title} {last[key]} %" for key, title in (
-        ("zero_shot", "zero-shot accuracy"), ("accuracy", "accuracy after the run"))
-        if last.get(key) is not None)
-    if accuracies and last.get("crops"):
-        accuracies += " (with five crops of each image; zero-shot: the plain image)"
     page = ["<!doctype html><meta charset=utf-8><title>report</title><style>body{font:14px "
             "sans-serif}td,th{padding:2px 5px;text-align:right}figure{display:inline-block;"
-            f"margin:4px;width:110px}}</style><p>{html.escape(run.lines[0]['dataset'])}",
-            accuracies]
-    epochs = [line for line in run.lines if "epoch" in line]
+            f"margin:4px;width:110px}}</style><p>{html.escape(args['dataset'])}"]
+    for key, title in ("zero_shot", "zero-shot accuracy"), ("accuracy", "accuracy after the run"):
+        if last[key] is not None:
+            page.append(f"<p>{title} {last[key]} %")
+    if last.get("crops"):
+        page.append("<p>Predictions weigh in five crops of each image, zero-shot does not")
     if epochs:
         page.append("<h2>Percent after each epoch, of plain images</h2>"
                     "<svg width=800 height=210 fill=none><path "

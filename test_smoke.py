@@ -744,7 +744,8 @@ def test_flat_folder(tmp_path):
     assert d.train is d.test and d.train.names == ["IMG 0.jpg"] and d.train.y_true is None
     assert "IMG_1.HEIC (convert it to JPEG)" in refuses(root / "IMG_1.HEIC", "a,b")
     for classes, says in ((None, "give --classes"), ("clases.txt", "neither a file nor a list"),
-                          ("", "neither"), (",", "must be given"), ("a b,A_b", "all different")):
+                          ("", "give --classes"), (",", "must be given"),
+                          ("a b,A_b", "all different")):
         assert says in refuses(root / "2024", classes)
 
 
@@ -789,9 +790,8 @@ def test_templates_and_text_files(tmp_path):
         assert f"--template {bad!r}: expected `ensemble` or" in refuses(root, None, bad)
     for text in ('{"a": 1}', '```json\n{"a": 1}\n```\n', '\ufeff{"a": 1}'):
         assert data.read_json(written(tmp_path / "x.json", text)) == {"a": 1}
-    for text, says in (('{"a": 1\n "b": 2}', "line 2 column 2"), ("[" * 10**5, "recursion")):
-        message = refuses(written(tmp_path / "x.json", text), by=data.read_json)
-        assert "x.json is not valid JSON" in message and says in message
+    message = refuses(written(tmp_path / "x.json", '{"a": 1\n "b": 2}'), by=data.read_json)
+    assert "x.json is not valid JSON" in message and "line 2 column 2" in message
     for file in (written(tmp_path / "x.txt", b"one\ntw\xff\n"), tmp_path / "y.txt"):
         assert f"{file}: expected a file of UTF-8 text: " in refuses(file, by=data.read_text)
 
@@ -1495,8 +1495,7 @@ def test_user_errors(drawn, little, tmp_path, capsys, monkeypatch):
             (["--device", "foo"], "--device foo cannot be used"),
             (["--recipe", "mine"], "--recipe mine: expected paper, then +NAME, or ours"),
             (["--batch-size", "0"], "--batch-size 0 is out of range"),
-            (["--lr1", "nan"], "--lr1 nan"), (["--k", "inf"], "--k inf is out of range"),
-            (["--seed", str(2**63)], f"--seed {2**63} is out of range"),
+            (["--lr1", "nan"], "--lr1 nan is out of range"),
             (["--out", "other.pt/run"], "other.pt"), (["--resume"], "out holds no run to --resume"),
             (["--student", "absent.pt"], "no such model or file: absent.pt")):
         stops(capsys, says, "out", *args)
@@ -1509,11 +1508,7 @@ def test_user_errors(drawn, little, tmp_path, capsys, monkeypatch):
     assert data.free_folder("coft") == "runs/coft-2"    # never into a run that is there
     assert os.listdir("runs/coft-2") == [] and data.free_folder("coft") == "runs/coft-3"
     assert coft.main(["--resume"]) == 2 and "--out runs/coft-1" in capsys.readouterr().err
-    args = coft.parse(["--out=~/run"])
-    assert args.out == os.path.expanduser("~/run")
-    args.run = None                                     # a notebook's, used twice
-    with pytest.raises(data.DataError, match="parse them anew"):
-        coft.adapt(args)
+    assert coft.parse(["--out=~/run"]).out == os.path.expanduser("~/run")
 
 
 def test_mirrored_or_not(little, tmp_path, capsys):
@@ -2549,7 +2544,7 @@ def test_compile(little, tmp_path, monkeypatch, device):
 
 
 def test_loss_that_is_not_finite(little, tmp_path, capsys):
-    stops(capsys, "the loss became nan in phase 2 epoch 1/1, step 2: begin anew with a lower --lr2",
+    stops(capsys, "the loss became nan in phase 2 epoch 1/1: begin anew with a lower --lr2",
           tmp_path / "run", "--max-steps", 3, "--lr2", 1e18)
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["phase"] == 1
 
