@@ -270,13 +270,12 @@ class Learner(nn.Module):
     def __init__(self, job, sets, steps, weights):
         super().__init__()
         self.objective = objective = job.args.objective if len(weights) != 2 else "cc"
-        names = job.dataset.class_names
         torch.manual_seed(job.args.seed)
-        self.prompts = Prompts(job.clip_model, names, job.dataset.templates[0], job.args.ctx,
-                               weights)
+        self.prompts = Prompts(job.clip_model, job.dataset.class_names, job.dataset.templates[0],
+                               job.args.ctx, weights)
         groups = [{"params": self.prompts.parameters(), "lr": job.args.lr}]
         if objective == "pico":
-            self.contrast = Contrast(job.clip_model.visual.output_dim, len(names))
+            self.contrast = Contrast(job.clip_model.visual.output_dim, sets.shape[1])
             groups.append({"params": self.contrast.head.parameters(), "lr": 0.01})
         self.trusts_sets = len(weights) > 1 and weights[1] > 0
         self.register_buffer("sets", sets)
