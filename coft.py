@@ -380,8 +380,8 @@ def part_way(job, models, steps, loss, power=2):
     """(A5) Every weight of the models of phase 2 becomes start + far (learnt - start) (WiSE-FT,
     arXiv 2109.01903), as in small folders wrong labels are learnt by heart. far, which is returned,
     is the product of steps / WHOLE and (N / C - FEW) / 2, each from 0 to 1. At most (2 p)^power, p
-    the geometric mean of what the labels of the last epoch got: those below 1/2 were not learnt,
-    they only pull. At least K / (K + 1) with K true labels a class."""
+    the geometric mean of the labels' probabilities in the last epoch: below 1/2 they were not
+    learnt, they only pull. At least K / (K + 1) with K true labels a class."""
     each = len(job.dataset.train) / job.C
     enough, K = min(1.0, max(0.0, (each - FEW) / 2)), job.args.shots
     learnt = (2 * math.exp(-loss)) ** power             # loss: mean of -log p_y

@@ -240,7 +240,7 @@ class PixelCache:
     def get(self, i, image):
         """(H, W, 3) uint8; image(i) is decoded the first time only."""
         h, w = self.shapes[i].tolist()
-        if h * w > 0:
+        if h * w > 0:                                   # another process may have written h alone
             return self.memory[i, :3 * h * w].view(h, w, 3)
         x = self.prepare(image(i))
         if x.numel() <= self.memory.shape[1]:
@@ -565,7 +565,7 @@ def load(path, classes=None, template=None, adapted=None):
     """`Data` of a folder or of demo[:STYLE]. Opens each of up to MOST_OPENED images. classes: None,
     "a,b,c" or a file with one name per line, the folder's own among them, if it has any. template:
     None (the data set's), "ensemble" (eight) or a text with one {}. adapted: the classes of a model
-    that is there; all images of class folders are then the test set if they have no test/."""
+    that is there; class folders without test/ are then the test set. Raises DataError."""
     path, classes = str(path), adapted or classes and listed_classes(classes)
     if path == "demo" or path.startswith("demo:"):
         known, text = Known(("demo",)), path[5:] or "narrow"
@@ -806,7 +806,7 @@ def second_clip(name, clip_model, quick_gelu):
 
 
 def pick_device(name=None):
-    """torch.device of --device, else the best there is; to each of several processes its GPU."""
+    """torch.device of --device, else the best there is, a GPU for each process; or DataError."""
     best = "mps" if torch.backends.mps.is_available() else "cpu"
     name = name or ("cuda" if torch.cuda.is_available() else best)
     name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
@@ -1008,7 +1008,10 @@ class Run:
             raise DataError(f"{out} holds no run to --resume" if resume else
                             f"{out} already holds a run: give --resume, or another --out")
         if broadcast_from_rank0((self.out / "last.pt").exists) and resume:
-            self.state = torch.load(self.out / "last.pt", map_location="cpu", weights_only=True)
+            try:
+                self.state = torch.load(self.out / "last.pt", map_location="cpu", weights_only=True)
+            except Exception as e:                      # torch.load raises nearly anything
+                raise DataError(f"{out}/last.pt is not a checkpoint: {reason(e)}") from None
             self.lines, self.images, self.busy, seconds = self.state["run"]
             self.start -= seconds
             free = "resume", "out", "device", "workers", "cache", "export"

@@ -2559,6 +2559,8 @@ def test_full_disk(little, tmp_path, capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["phase"] == 1
     run(tmp_path / "run", "--max-steps", 1, "--resume")
+    (tmp_path / "run" / "last.pt").write_bytes(b"cut")
+    stops(capsys, "last.pt is not a checkpoint", tmp_path / "run", "--max-steps", 1, "--resume")
 
 
 def test_odd_data(little, drawn, tmp_path, monkeypatch):
