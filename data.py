@@ -1251,6 +1251,15 @@ def read_model(path, script, weights, device, student=None):
     return saved, model, full, T.Compose([to_rgb, preprocess])  # as `decode` does
 
 
+def fill(models, weights):
+    """The models get model.pt's weights. Raises DataError if they do not fit."""
+    try:
+        models.load_state_dict(weights)
+    except RuntimeError:
+        raise DataError("the model does not fit: its --student is of another architecture, or "
+                        "another version wrote it") from None
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Says what the scripts find in a folder.")
     parser.add_argument("path", nargs="?", default="demo")

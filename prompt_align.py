@@ -509,7 +509,7 @@ class Adapted(nn.Module):
         self.clip_model = clip_model.requires_grad_(False)
         prompts = Prompts(clip_model, self.class_names, saved["templates"][0], saved["ctx"],
                           saved["models"]["weights"].tolist())
-        prompts.load_state_dict(saved["models"])
+        data.fill(prompts, saved["models"])
         prompts.to(clip_model.logit_scale.device)
         self.register_buffer("t", prompts(clip_model).detach())                 # (C, D)
 

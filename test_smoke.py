@@ -1086,8 +1086,8 @@ def test_balanced():
     assert torch.equal(coft.guess(job, table)[0], found)
     job.added = set()
     assert torch.equal(coft.guess(job, table)[0], q)
-    q = torch.tensor([[1.0, 0.0]])
-    assert torch.isfinite(coft.balanced(q, all_classes(q), 2)).all()
+    torch.testing.assert_close(coft.squared(table).p[0, 0], torch.tensor([.64, .04]) / .68)
+    assert coft.balanced(torch.tensor([[1.0, 0.0]]), all_classes(q[:1]), 2).isfinite().all()
 
 
 def test_accuracy_and_auroc():
@@ -1584,8 +1584,7 @@ def test_each_student_has_its_own_next_labels():        # section 3.3.1
     assert y.tolist() == [[0, 0, 1, 1], [0, 1, 1, 1]]
     assert confident.tolist() == [[True, False, False, True], [True, False, True, False]]
     job.added = {"balance"}
-    y, _ = coft_plus.next_labels(job, table)
-    assert y.tolist() == [[0, 0, 1, 1], [0, 1, 1, 0]]   # two of each
+    assert coft_plus.next_labels(job, table)[0].tolist() == [[0, 0, 1, 1], [0, 1, 1, 0]]    # two
 
 
 @pytest.mark.parametrize("N, ball", [(40, 3 / 43), (8, 0.2)])
@@ -1791,11 +1790,13 @@ def test_our_prompts_fit_their_data_sets():
 
 
 def test_without_its_parts_it_is_coft(little, tmp_path, monkeypatch):
-    monkeypatch.setattr(coft, "crops_tell", lambda *_: False)           # which only CoFT asks
+    asked = []                                          # what only CoFT asks
+    monkeypatch.setattr(coft, "crops_tell", lambda *_: asked.append("crops"))
+    monkeypatch.setattr(coft, "squared", lambda table: asked.append("squared") or table)
     off = ["--rounds", 1, "--gamma", 0, "--prompts", "", "--max-steps", 2]
     _, plus, _ = run(tmp_path / "plus", *off, "--recipe", "ours-gauss-head", script=coft_plus)
     _, rows, _ = run(tmp_path / "coft", "--epochs1", 1, "--epochs2", 1, "--max-steps", 2)
-    assert rows == plus
+    assert rows == plus and asked == ["crops", "squared"]
 
 
 def test_plus_run_folder(little, tmp_path, capsys, monkeypatch):
@@ -2248,8 +2249,10 @@ def test_load(little, drawn, tmp_path, capsys, monkeypatch, script):
             (["--load", tmp_path / "other.pt"], "other.pt was written by other.py"),
             (["--load", tmp_path / "gone.model.pt"], "no such model or file"),
             (["--load", file, "--weights", tmp_path / "vit.pt"], "adapted from another CLIP: "),
-            (["--load", file, "--data", tmp_path / "cats"], "nor a model has: cat")):
-        stops(capsys, says, tmp_path / "out", *args, script=script)
+            (["--load", file, "--data", tmp_path / "cats"], "nor a model has: cat"),
+            (["--load", file, "--student", tmp_path / "vit.pt"], "--student is of another")):
+        if "--student" not in args or script is not pa:
+            stops(capsys, says, tmp_path / "out", *args, script=script)
 
 
 def test_the_lines_of_the_readme(little, drawn, tmp_path, monkeypatch, capsys):
@@ -2386,7 +2389,7 @@ def test_shots(drawn, little, tmp_path, monkeypatch, script, flags):            
 def test_copies_are_the_same():
     """What coft.py has, coft_plus.py has word for word, but for what its parts change."""
     changed = {"Prompts", "FullModel", "start_phase", "train_step", "train_phase", "predict",
-               "Adapted", "load", "adapt", "parse", "crops_tell"}       # the last: not in it
+               "Adapted", "load", "adapt", "parse", "crops_tell", "squared"}   # not in it
     for name, one in vars(coft).items():
         if getattr(one, "__module__", "") == "coft" and name not in changed:
             assert inspect.getsource(one) == inspect.getsource(getattr(coft_plus, name)), name
