@@ -60,7 +60,7 @@ import data
 # leaves one out, `paper+views+balance` adds two.
 ADDITIONS = {
     "views":   "A1 labels from posteriors averaged over weak views and epochs: adapt, train_phase",
-    "balance": "A2 labels from posteriors balanced over the classes: guess, squared",
+    "balance": "A2 labels from posteriors balanced over the classes: guess",
     "fresh":   "A3 labels, and so verdicts, anew each epoch of phase 2: train_phase",
     "adam":    "A4 AdamW, rates relative to the size of words, not SGD: start_phase",
     "part":    "A5 the models go part of the way: few steps or images, labels unlearnt: part_way",
@@ -170,12 +170,6 @@ def balanced(p, index, C):
         p = p / mean.clamp(min=0.01 / C)[index]
         p = p / p.sum(dim=1, keepdim=True)
     return p
-
-
-def squared(table):
-    """(A2) The table of p^2, normalised, for the first labels: CLIP's p, means over views, are so
-    soft that balancing them hardly balances their argmax."""
-    return table._replace(p=F.normalize(table.p.square(), p=1, dim=-1))
 
 
 # ======== modules ========
@@ -619,8 +613,7 @@ def adapt(args):
         table = predict(job, [ZeroShot(t0)], looks, False, table, (1 / (n + 1), 1.0))
     table = Table(*(torch.cat([v, v]) for v in table))                          # both students'
     K = math.ceil(args.k if args.k >= 1 else max(16, args.k * len(dataset.train) / job.C))
-    p0 = guess(job, squared(table) if "balance" in added else table)[0]         # (A2) (N, H)
-    y, confident = pseudo_labels(p0, table.index[0], len(names), K)             # (N,) each
+    y, confident = pseudo_labels(guess(job, table)[0], table.index[0], len(names), K)   # (N,) each
     lesson = torch.stack([y, y]), torch.stack([confident, confident])           # for both students
 
     # two students, which differ in their random numbers, learn from each other

@@ -26,7 +26,7 @@ decides whether classes are held to equal sizes (A2): if that costs little after
 label after each epoch of that third, else only at its end; if it costs much there, (A2) stops.
 Later epochs add the models' own posteriors to the labels' running mean, and in the end the models
 predict by Gaussians too (A11): with few images most is won there. As that asks five crops anyway,
-their softmax weighs what A5 lets; coft.py's crops_tell and squared were worth nothing here.
+their softmax weighs what A5 lets; coft.py's crops_tell was worth nothing here.
 
 The paper does not say, so decided here, beyond coft.py: three rounds, gamma 0.1, temperature 0.1,
 mu 0.99 at most, a queue of half an epoch or 16 batches at most; classes without sentences get the

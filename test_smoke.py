@@ -1086,7 +1086,6 @@ def test_balanced():
     assert torch.equal(coft.guess(job, table)[0], found)
     job.added = set()
     assert torch.equal(coft.guess(job, table)[0], q)
-    torch.testing.assert_close(coft.squared(table).p[0, 0], torch.tensor([.64, .04]) / .68)
     assert coft.balanced(torch.tensor([[1.0, 0.0]]), all_classes(q[:1]), 2).isfinite().all()
 
 
@@ -1790,13 +1789,11 @@ def test_our_prompts_fit_their_data_sets():
 
 
 def test_without_its_parts_it_is_coft(little, tmp_path, monkeypatch):
-    asked = []                                          # what only CoFT asks
-    monkeypatch.setattr(coft, "crops_tell", lambda *_: asked.append("crops"))
-    monkeypatch.setattr(coft, "squared", lambda table: asked.append("squared") or table)
+    monkeypatch.setattr(coft, "crops_tell", lambda *_: False)           # which only CoFT asks
     off = ["--rounds", 1, "--gamma", 0, "--prompts", "", "--max-steps", 2]
     _, plus, _ = run(tmp_path / "plus", *off, "--recipe", "ours-gauss-head", script=coft_plus)
     _, rows, _ = run(tmp_path / "coft", "--epochs1", 1, "--epochs2", 1, "--max-steps", 2)
-    assert rows == plus and asked == ["crops", "squared"]
+    assert rows == plus
 
 
 def test_plus_run_folder(little, tmp_path, capsys, monkeypatch):
@@ -2389,7 +2386,7 @@ def test_shots(drawn, little, tmp_path, monkeypatch, script, flags):            
 def test_copies_are_the_same():
     """What coft.py has, coft_plus.py has word for word, but for what its parts change."""
     changed = {"Prompts", "FullModel", "start_phase", "train_step", "train_phase", "predict",
-               "Adapted", "load", "adapt", "parse", "crops_tell", "squared"}   # not in it
+               "Adapted", "load", "adapt", "parse", "crops_tell"}       # the last: not in it
     for name, one in vars(coft).items():
         if getattr(one, "__module__", "") == "coft" and name not in changed:
             assert inspect.getsource(one) == inspect.getsource(getattr(coft_plus, name)), name
