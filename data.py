@@ -67,6 +67,7 @@ SPLITS = ("train", "test", "val", "valid", "validation")
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")      # no EPS: Pillow would run it
 MOST_OPENED = 200_000           # with more images than that, none is opened before it is needed
 WORDNET_ID = re.compile(r"n\d{8}")
+warnings.filterwarnings("ignore", module=r"PIL\.")      # about odd but readable files
 CURVES = {"accuracy": (1, "#0b5fc5"), "disambiguation": (1, "#7a3e9d"), "kept": (100, "#c8511b"),
           "precision": (100, "#2e8540"), "unfiltered": (100, "#767676")}       # to percent, color
 
@@ -276,7 +277,7 @@ class EpochSampler(Sampler):
         return math.ceil(self.used / self.batch_size)
 
     def __iter__(self):
-        rng = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         self.epoch += 1
         seeds = torch.randint(2**62, (self.n,), generator=rng).tolist()
         order = torch.randperm(self.n, generator=rng).tolist() if self.shuffle else range(self.n)
@@ -372,7 +373,8 @@ EXPECTED = f"""Expected one of
   DIR/train/CLASS/*.jpg and DIR/test/CLASS/*.jpg (or val)
   DIR/CLASS/*.jpg
   DIR/*.jpg and --classes FILE|a,b,c
-  a data set as CoOp or torchvision lays it out: {', '.join(k.folders[0] for k in SETS)}"""
+  a data set as CoOp, with split_zhou_*.json, or torchvision lays it out:
+  {', '.join(known.folders[0] for known in SETS)}"""
 
 
 # The reader of a layout returns a text for the description, the class names (None if only --classes
@@ -463,12 +465,18 @@ def read_folders(root, known, classes, split):
         return f"{parts[0]}/{'' if seen else ', no labels'} + {part}/", names, train, test
     names, images = class_folders(root, base, known)
     if names in [[d] for d in SPLITS]:                  # alone: its own folders are the classes
-        names, images = class_folders(root, parts[0], known)
-    if len(names) > 1 and ({c.casefold() for c in names} & {*SPLITS[1:], "training", "testing"} or
-                           all(re.match("(?i)train|test|val|dev", c) for c in names)):
-        raise DataError(f"{root}: the folders {', '.join(names)} are no classes. {EXPECTED}")
-    mine = {plain_name(c) for c in classes or names} & {plain_name(c) for c in names}
-    if len(names) > 1 and (mine or WORDNET_ID.fullmatch(names[0])):     # not 2023/, 2024/
+        base = parts[0]
+        names, images = class_folders(root, base, known)
+    found, wanted = ({plain_name(c) for c in some} for some in (names, classes or names))
+    if len(names) > 1 and not (classes and found <= wanted) and (
+            found & {*SPLITS[1:], "training", "testing"}
+            or all(re.match("train|test|val|dev", c) for c in found)
+            or any(re.search(r"\btrain", plain_name(c))        # with folders of its own
+                   and class_folders(root, f"{base}/{c}".lstrip("/"), known)[0] for c in names)):
+        raise DataError(f"{root}: the folders {', '.join(names)} are no classes (if they are, name "
+                        f"them with --classes). {EXPECTED}")
+    labelled = found & wanted and (classes or len(names) > 1)           # not 2023/, 2024/
+    if labelled or len(names) > 1 and WORDNET_ID.fullmatch(names[0]):
         return hash_split(names, images) if split else ("class folders", names, images, images)
     images = Images(list_images(root), None, root)
     return "unlabelled, train = test", None, images, images
@@ -598,20 +606,22 @@ def load(path, classes=None, template=None, adapted=None):
         if not all(parts):                              # without images
             raise DataError(f"{path}: no images ({', '.join(EXTENSIONS)}). {EXPECTED}")
         if not (names or classes):
-            raise DataError(f"{path}: no names of classes: give --classes, or two class folders")
+            raise DataError(f"{path}: no names of classes: give --classes, or two class folders. "
+                            f"{EXPECTED}")
         names = wordnet_names(names or classes, root)
     names = by_name_of(names, classes, parts, path) if classes else check_classes(names)
     train, test = parts
-    if train.pictures is None and len(train) + len(test) <= MOST_OPENED:
+    if train.pictures is None and sum(map(len, {train, test})) <= MOST_OPENED:
         train = readable(train)
         test = train if parts[1] is parts[0] else readable(test)
     own = known.template if template in (None, "ensemble") else template
     if re.findall("[{}]+", own) != ["{}"]:
         raise DataError(f"--template {template!r}: expected `ensemble` or a text with one {{}}")
     templates = [own, *(ENSEMBLE if template == "ensemble" else ())]
+    some = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
     return Data(train, test, names, templates, f"{known.folders[0] or path}: {text}; "
-                f"{len(names)} classes, {len(train)} training and {len(test)} test images, "
-                f'"{templates[0]}"', known.folders[0])
+                f"{len(names)} classes ({some}), {len(train)} training and {len(test)} test "
+                f'images, "{templates[0]}"', known.folders[0])
 
 
 def locate(root):
@@ -642,8 +652,7 @@ def readable(images):
             return f"{file} ({'convert it to JPEG' if phone else reason(e)})"
     if len(images) > 1000:
         print(f"opening {len(images)} images once", file=sys.stderr, flush=True)
-    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")                 # Pillow's, about odd but readable files
+    with ThreadPoolExecutor() as pool:
         problems = list(pool.map(problem, images.names))
     bad = [text for text in problems if text]
     if bad:
@@ -866,7 +875,7 @@ def few_shot(y_true, K, seed):
 
 def auroc(score, right):
     """How likely a right label scores above a wrong one. score (N,), right (N,) bool; or nan."""
-    a, b = score[right].contiguous(), score[~right].sort().values
+    a, b = score[right], score[~right].sort().values
     below = torch.searchsorted(b, a) + torch.searchsorted(b, a, right=True)     # twice, with ties
     return float(below.double().mean() / (2 * len(b)))
 
@@ -986,8 +995,10 @@ def command_line(adapt, args):
         return 0
     except (DataError, clip.CLIPError, OSError, csv.Error) as e:
         says = f"error: {e}"
-    except torch.cuda.OutOfMemoryError:
-        says = f"error: out of GPU memory: begin anew with --batch-size < {args.batch_size}"
+    except RuntimeError as e:
+        if not re.search("out of memory|(can't allocate|not enough) memory", str(e)):
+            raise
+        says = f"error: out of memory: begin anew with --batch-size < {args.batch_size}"
     except KeyboardInterrupt:
         status, says = 130, "stopped"
         if args.out and (Path(args.out) / "args.json").exists():
@@ -1018,7 +1029,8 @@ class Run:
             other = [f"--{k.replace('_', '-')} {v}" for k, v in self.lines[0].items()
                      if args.get(k) != v and k not in free]
             if other:
-                raise DataError(f"--resume: this run was begun with {' '.join(other)}")
+                raise DataError(f"--resume: this run was begun with {' '.join(other)}".replace(
+                    "--dataset", "other images or classes:"))
         with replacing(self.out / "args.json", "w") as file:
             json.dump(self.lines[0], file, indent=2)
 
@@ -1082,7 +1094,6 @@ class Run:
         with replacing(self.out / "log.jsonl", "w") as file:
             file.writelines(json.dumps(line) + "\n" for line in self.lines)
         self.say("  ".join(f"{k} {v:.6g}" for k, v in facts.items() if isinstance(v, (int, float))))
-        return facts
 
     def say(self, text, end="\n"):
         print(f"\r{text:<99}" if sys.stdout.isatty() else text, end=end, flush=True)
@@ -1264,6 +1275,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Says what the scripts find in a folder.")
     parser.add_argument("path", nargs="?", default="demo")
     parser.add_argument("--classes", help="names, or a file of them; for class folders not needed")
+    sys.stdout.reconfigure(errors="backslashreplace")       # any path, on any terminal
     try:
         print(load(**vars(parser.parse_args())).description)
     except (DataError, OSError) as e:

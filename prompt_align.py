@@ -352,7 +352,7 @@ def train(job, passes, sets, weights, trial=False):
              "schedule": learner.schedule}
     first = run.restore(parts)["epoch"] if run.state else 0                     # --resume
     for epoch in range(first, epochs):
-        rng = torch.Generator().manual_seed((args.seed * 1_000_003 + epoch) % 2**63)
+        rng = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
         torch.randint(2**62, (N,), generator=rng)       # thrown away: EpochSampler's order
         batches = torch.randperm(N, generator=rng)[:N - N % B].split(B)         # (B,) each
         done = epoch * (N // B)                         # steps before this epoch

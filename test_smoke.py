@@ -518,8 +518,9 @@ LAYOUTS = {
     "my pets": ({"split_zhou_OxfordPets.json": {        # CoOp's, told by the split's name
         "train": [["c1.jpg", 1, "bengal_cat"], ["b1.jpg", 0, "beagle"]],
         "val": [["b2.jpg", 0, "beagle"]], "test": [["c3.jpg", 1, "bengal_cat"]]}},
-        f'2 classes, 2 training and 1 test images, "{PET}"', "oxford_pets", PET,
-        ["beagle", "bengal cat"], {"images/c1.jpg": 1, "images/b1.jpg": 0}, {"images/c3.jpg": 1}),
+        f'2 classes (beagle, bengal cat), 2 training and 1 test images, "{PET}"', "oxford_pets",
+        PET, ["beagle", "bengal cat"], {"images/c1.jpg": 1, "images/b1.jpg": 0},
+        {"images/c3.jpg": 1}),
     "fgvc_aircraft": ({
         "variants.txt": ["707-32", "F-16 A"], "images_variant_train.txt": ["1 F-16 A", "2 707-32"],
         "images_variant_val.txt": ["3 707-32"], "images_variant_test.txt": ["4 F-16 A"]},
@@ -554,7 +555,7 @@ LAYOUTS = {
     "eurosat": ({}, "hash", "eurosat", "a centered satellite photo of {}.", *by_hash("2750/", {
         "AnnualCrop": "Annual Crop Land", "Forest": "Forest", "SeaLake": "Sea or Lake"})),
     "own": ({"notes.txt": "", "train/.x/1.jpg": "", "train/a/._1.jpg": ""},     # one's own
-            "own: train/ + val/; 3 classes, 4", "", PHOTO, ["B 1", "a", "b 2"],     # as ImageFolder
+            "own: train/ + val/; 3 classes (B 1, a, b 2), 4", "", PHOTO, ["B 1", "a", "b 2"],
             {"train/B_1/1.jpg": 0, "train/a/1.jpg": 1, "train/a/b/2.jpg": 1, "train/b_2/1.png": 2},
             {"val/B_1/IMG 0.JPG": 0, "val/b_2/1.jpg": 2}),
     "classes": ({}, "hash", "", PHOTO, *by_hash("", {"dog": "dog", "é_a": "é a"}))}
@@ -705,10 +706,10 @@ def test_folders(tmp_path, capsys):
     assert data.load(accent, "cat,caf\u00e9").test.y_true.tolist() == [1, 0]
     class_folders(parts := tmp_path / "parts", 1, ("testing/1", "train/cat", "valid/cat"))
     assert data.load(parts).test.names == ["valid/cat/000.png"]
-    class_folders(parts := tmp_path / "unlabeled", 1, ("unlabeled", "Test/cat"))
-    assert "Test, unlabeled are no classes. Expected" in refuses(parts)
-    class_folders(parts := tmp_path / "sets", 1, ("Training_set/cat", "test_set/cat"))
-    assert "Training_set, test_set are no classes" in refuses(parts)
+    for some in ("Test/cat more", "seg_train/cat unlabeled", "Training_set test_set"):
+        class_folders(parts := tmp_path / some.replace("/", " "), 1, some.split())
+        assert f"{some.replace('/cat', '').replace(' ', ', ')} are no classes (if" in refuses(parts)
+    assert data.load(parts, "test set,training set").train.y_true is not None
     draw(tmp_path / "flat", ["train/images/0.jpg", "test/images/0.jpg"])        # as YOLO has them
     assert "no names of classes: give --classes" in refuses(tmp_path / "flat")
     class_folders(alone := tmp_path / "alone", 5, ("train/cat", "train/dog"))
@@ -723,7 +724,7 @@ def test_folders(tmp_path, capsys):
     assert d.test.y_true.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     class_folders(tmp_path / "train", 1, ("cat",))
     assert "test/ has class folders that train/ lacks: bear, dog" in refuses(tmp_path)
-    assert data.load(tmp_path / "train", "cat,").class_names == ["cat"]
+    assert data.load(tmp_path / "train", "dog,cat").train.y_true.tolist() == [1]
     assert "no such folder or image. Expected one of\n  DIR/train/CLASS/*.jpg" in refuses(__file__)
     assert "demo:x: unknown style, expected one of source, narrow, " in refuses("demo:x")
 
@@ -936,7 +937,7 @@ def test_command(tmp_path, monkeypatch):
     draw(tmp_path / "b", ["1.jpg", "2.jpg"])
     monkeypatch.chdir(tmp_path)
     out = subprocess.check_output([sys.executable, data.__file__, "b", "--classes=x,y"], text=True)
-    assert out == ("b: unlabelled, train = test; 2 classes, 2 training and 2 test images, "
+    assert out == ("b: unlabelled, train = test; 2 classes (x, y), 2 training and 2 test images, "
                    '"a photo of a {}."\n')
     monkeypatch.setattr(sys, "argv", ["data.py", "b"])
     with pytest.raises(SystemExit, match="^error: b: no names of classes: give --classes"):
@@ -1476,10 +1477,10 @@ def test_unlabelled_folder(drawn, tmp_path, capsys):
     assert all("precision" not in line and "auroc" not in line for line in lines)
     (tmp_path / "photos" / "broken.png").unlink()
     (tmp_path / "photos" / "099.png").rename(first := tmp_path / "photos" / "00.png")
-    stops(capsys, "this run was begun with --dataset", tmp_path / "out", *flags, "--resume")
+    stops(capsys, "begun with other images or classes: ", tmp_path / "out", *flags, "--resume")
     first.rename(tmp_path / "photos" / "099.png")       # as it was, but in another order:
     (tmp_path / "classes.txt").write_text("\n".join(shapes.SHAPES[::-1]))
-    stops(capsys, "this run was begun with --dataset", tmp_path / "out", *flags, "--resume")
+    stops(capsys, "begun with other images or classes: ", tmp_path / "out", *flags, "--resume")
 
 
 def test_user_errors(drawn, little, tmp_path, capsys, monkeypatch):
@@ -2512,7 +2513,8 @@ def test_processes_that_fail(tmp_path):
 
 def test_mixed_precision(little, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**18))
-    found, few = {}, ["--batch-size", 4, "--epochs1", 1, "--epochs2", 0, "--max-steps", 4]
+    found, few = {}, ["--batch-size", 4, "--epochs1", 1, "--epochs2", 0, "--max-steps", 4,
+                      "--recipe", "ours-views-crops"]   # these take long
     run(tmp_path / "paper", "--recipe", "paper", "--amp", "bf16", "--max-steps", 1)
     for amp in ("off", "bf16", "fp16"):                 # fp16: its first steps overflow
         run(tmp_path / amp, "--amp", amp, *few)
@@ -2545,10 +2547,12 @@ def test_compile(little, tmp_path, monkeypatch, device):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_loss_that_is_not_finite(little, tmp_path, capsys):
+def test_runs_that_end(little, tmp_path, capsys, monkeypatch):
     stops(capsys, "the loss became nan in phase 2 epoch 1/1: begin anew with a lower --lr2",
           tmp_path / "run", "--max-steps", 3, "--lr2", 1e18)
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["phase"] == 1
+    monkeypatch.setattr(coft, "crops_tell", lambda *_: torch.empty(2**60))
+    stops(capsys, "out of memory: begin anew with --batch-size < 32", tmp_path / "large")
 
 
 def test_full_disk(little, tmp_path, capsys):
