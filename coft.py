@@ -34,7 +34,7 @@ The paper does not say, so decided here:
   data      an epoch is N / B steps, however small the set it draws from; training images are random
             crops; a class that is nobody's guess takes its likeliest images
   start     CoOp's templates, in V+ and V- too (--ctx: random words as large as CLIP's); W at t0;
-            students differ in order and complements too
+            students differ in batches and y_bar too
   steps     momentum 0.9, warm-up, cosine, weight decay 5e-4; in A4 0.01 for the encoder, none
             elsewhere, and V- learns ten times as fast as V+
 """
@@ -63,7 +63,7 @@ ADDITIONS = {
     "balance": "A2 labels from posteriors balanced over the classes: guess",
     "fresh":   "A3 labels, and so verdicts, anew each epoch of phase 2: train_phase",
     "adam":    "A4 AdamW, rates relative to the size of words, not SGD: start_phase",
-    "part":    "A5 the models go part of the way: few steps or images, labels unlearnt: part_way",
+    "part":    "A5 models go part of the way: few steps or images, labels not learnt: part_way",
     "crops":   "A6 predict the mean over five crops, as A5 or CLIP lets: with_crops, crops_tell",
     "third":   "A7 --student learns in a phase 3, from what the models of phase 2 predict: adapt",
     "start":   "A10 the FC layer starts no softer than CLIP's posterior: clip_scale",
@@ -72,7 +72,7 @@ VIEWS = 8           # (A1) of each image, for the first labels
 WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise were chosen
 TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
-FEW = 4             # (A5) images a class from which nothing is learnt
+FEW = 4             # (A5) from up to so many images a class nothing is learnt
 TIMES = 7           # (--shots) draws of a labelled image per draw of another, at least
 SETTINGS = {    # defaults: (tiny CLIPs, D < 512; OpenAI's models); lam, peft_size have no flag
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
@@ -109,8 +109,8 @@ def labels_of(p, index):
 
 def pseudo_labels(p0, index, C, K):
     """Eq. (1), S*: y = argmax_k p0_k; confident: per class the K images with the largest p0_y. A
-    class that is no image's argmax gets those where its own p0 is largest, min(K, N / C) at most,
-    even if another class loses its last. p0, index (N, H) -> y (N,), confident (N,) bool."""
+    class that is no image's argmax gets those where its own p0 is largest, K or N / C (rounded up)
+    at most, even another class's last. p0, index (N, H) -> y (N,), confident (N,) bool."""
     y = labels_of(p0, index)
     for k in set(range(C)) - set(y.tolist()):
         best = at(p0, index, torch.tensor([k])).topk(min(K, math.ceil(len(y) / C)))
@@ -246,10 +246,10 @@ class Student(nn.Module):
 
     def param_groups(self, lr1, lr2):
         """(A4) What learns, and how fast."""
-        light = [self.prompts] if self.adapters is None else list(self.adapters.parameters())
+        light = self.prompts if self.adapters is None else self.adapters.parameters()
         word = lr1 * float(self.texts.pos.detach().std()) / WORD_STD
-        return [{"params": light, "lr": lr1}, {"params": [self.texts.pos], "lr": word},
-                {"params": [self.texts.neg], "lr": 10 * word}]
+        return [{"params": light, "lr": lr1}, {"params": self.texts.pos, "lr": word},
+                {"params": self.texts.neg, "lr": 10 * word}]
 
 
 class FullModel(nn.Module):
@@ -351,7 +351,7 @@ def train_step(job, phase, batches, y, clean):
 @torch.no_grad()
 def clip_scale(job):
     """(A10) s = max(1, tau / mean |v| over the images): with W = s t0, softmax(W v) is as sharp as
-    CLIP's posterior. A softer one lets all labels, wrong ones too, turn the encoder."""
+    CLIP's posterior. If it is softer, all labels, wrong ones too, pull at the encoder."""
     length = torch.zeros(job.train.N)
     for x, i in job.train:                                                      # (B, 3, R, R), (B,)
         with job.autocast():
@@ -382,8 +382,8 @@ def part_way(job, models, steps, loss, power=2):
     is the product of steps / WHOLE and (N / C - FEW) / 2, each from 0 to 1. At most (2 p)^power, p
     the geometric mean of the labels' probabilities in the last epoch: below 1/2 they were not
     learnt, they only pull. At least K / (K + 1) with K true labels a class."""
-    each = len(job.dataset.train) / job.C
-    enough, K = min(1.0, max(0.0, (each - FEW) / 2)), job.args.shots
+    each, K = len(job.dataset.train) / job.C, len(job.known) / job.C
+    enough = min(1.0, max(0.0, (each - FEW) / 2))
     learnt = (2 * math.exp(-loss)) ** power             # loss: mean of -log p_y
     far = max(min(enough * min(1.0, steps / WHOLE), learnt), K / (K + 1))
     for me in models:
@@ -411,7 +411,7 @@ def train_phase(job, number, students, weak, lesson, table):
     if run.state:
         state = run.restore(parts)
         lesson, table = state["lesson"], Table(*state["table"])
-    verdict = number == 1                               # later phase 1's p_clean stands
+    verdict = number == 1                               # from then on phase 1's p_clean stays
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(weak), epoch=first, seed=4 * args.seed + number)
     for epoch in range(first, epochs):
@@ -423,9 +423,9 @@ def train_phase(job, number, students, weak, lesson, table):
             y[:, job.known], clean[:, job.known] = images.y_true[job.known], True
         for loader, mine in zip(loaders, clean):        # batches of clean images, if any
             among = mine.nonzero()[:, 0].tolist()
-            if args.shots:                              # few would drown among them
+            if args.shots:                              # or the labelled drown among them
                 part = 1 / 2 if number == 1 else min(1 / 2, args.shots ** 0.5 / 16)    # of a batch
-                more = int(len(among) * part / (1 - part) / len(job.known))     # of each
+                more = int(len(among) * part / (1 - part) / len(job.known))     # copies of each
                 among += max(TIMES - 1, more) * job.known.tolist()
             loader.batch_sampler.among = among
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
@@ -581,8 +581,7 @@ def adapt(args):
     job = data.setup(args, SETTINGS[base] | {k: rates[k] for k in ("lr1", "lr2")})
     job.added = added
     run, dataset, clip_model, names = job.run, job.dataset, job.clip_model, job.dataset.class_names
-    # job has args, run, device, dataset, C, clip_model, load (batches of a view), full (the CLIP
-    # that phase 2 tunes); also added, autocast, scaler, crops (A6), W0 (Eq. 7's start), known
+    # job has what data.setup says, also added, autocast, scaler, crops (A6), W0 (Eq. 7's), known
     # mixed precision: weights stay fp32; fp16's small gradients need their loss scaled
     job.autocast = partial(torch.autocast, job.device.type, job.amp_dtype,
                            enabled=job.amp_dtype is not None, cache_enabled=False)  # --compile
@@ -595,7 +594,7 @@ def adapt(args):
     args.peft = args.peft or ("vpt" if vit else "adapter")
     if args.peft == "vpt" and not vit:
         raise data.DataError("--peft vpt needs a ViT; a ResNet takes --peft adapter")
-    job.known = args.shots and data.few_shot(dataset.train.y_true, args.shots, args.seed)   # (n,)
+    job.known = data.few_shot(dataset.train.y_true, args.shots, args.seed) if args.shots else []
 
     # CLIP's own guesses, and the confident ones among them
     prompts = [[template.format(c) for template in dataset.templates] for c in names]

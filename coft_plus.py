@@ -23,10 +23,10 @@ the images of a class, whatever some of their labels say. So after phase 1, and 
 of phase 2, each class gets a Gaussian in the features, and a label is the class with the largest
 density times the model's posterior; the peer's Gaussians, not its V-, call it clean. Likelihood
 decides whether classes are held to equal sizes (A2): if that costs little after phase 1, Gaussians
-label after each epoch of that third, else only at its end; if it costs much there, (A2) stops.
-Later epochs add the models' own posteriors to the labels' running mean, and in the end the models
-predict by Gaussians too (A11): with few images most is won there. As that asks five crops anyway,
-their softmax weighs what A5 lets; coft.py's crops_tell was worth nothing here.
+label after each epoch of phase 2's first third, else only at its end; if it costs much then, (A2)
+stops. Later epochs add the models' own posteriors to the labels' running mean, and in the end the
+models predict by Gaussians too (A11): with few images most is won there. That takes five crops
+anyway, so their softmax counts as far as A5 lets; coft.py's crops_tell won nothing here.
 
 The paper does not say, so decided here, beyond coft.py: three rounds, gamma 0.1, temperature 0.1,
 mu 0.99 at most, a queue of half an epoch or 16 batches at most; classes without sentences get the
@@ -58,10 +58,10 @@ ADDITIONS = {
     "balance": "A2 labels from posteriors balanced over the classes: guess",
     "fresh":   "A3 labels, and so verdicts, anew each epoch of phase 2: train_phase",
     "adam":    "A4 AdamW, rates relative to the size of words, not SGD: start_phase",
-    "part":    "A5 the models go part of the way: few steps or images, labels unlearnt: part_way",
+    "part":    "A5 models go part of the way: few steps or images, labels not learnt: part_way",
     "crops":   "A6 the models of phase 2 predict the mean over five crops, as A5 lets: with_crops",
     "third":   "A7 --student learns in a phase 3, from what the models of phase 2 predict: adapt",
-    "mix":     "A8 the template is one sentence more; FC layers and a student start there: adapt",
+    "mix":     "A8 t0 counts the template too; FC layers and one student start at t0: adapt",
     "gauss":   "A9 phase 2's labels, verdicts: where the features crowd; needs A3: ask_density",
     "start":   "A10 the FC layer starts no softer than CLIP's posterior: clip_scale",
     "head":    "A11 phase 2's models predict by the features' density too; needs A6: fit_head",
@@ -70,11 +70,11 @@ VIEWS = 8           # (A1) of each image, for the first labels
 WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise were chosen
 TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
-FEW = 4             # (A5), (A11) images a class from which nothing is learnt
+FEW = 4             # (A5), (A11) from up to so many images a class nothing is learnt
 NATS = 0.8, 1.0     # (A9) nats an image that equal class sizes may cost: after phase 1, in phase 2
-SHRINK = 0.2        # (A9), (A11) of the covariance at most this share is a multiple of I
+SHRINK = 0.2        # (A9), (A11) at most this share of the covariance is a multiple of I
 ROOT = 8            # (A11) the 8th root of the density: its D features are not independent
-FIT = 2**17         # (A9) to so many images, at most twice as many, Gaussians are fitted
+FIT = 2**17         # (A9) Gaussians are fitted to so many images, or up to twice
 TIMES = 7           # (--shots) draws of a labelled image per draw of another, at least
 SETTINGS = {    # defaults: (tiny CLIPs, D < 512; OpenAI's models); lam, peft_size have no flag
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
@@ -113,8 +113,8 @@ def labels_of(p, index):
 
 def pseudo_labels(p0, index, C, K):
     """Eq. (1), S*: y = argmax_k p0_k; confident: per class the K images with the largest p0_y. A
-    class that is no image's argmax gets those where its own p0 is largest, min(K, N / C) at most,
-    even if another class loses its last. p0, index (N, H) -> y (N,), confident (N,) bool."""
+    class that is no image's argmax gets those where its own p0 is largest, K or N / C (rounded up)
+    at most, even another class's last. p0, index (N, H) -> y (N,), confident (N,) bool."""
     y = labels_of(p0, index)
     for k in set(range(C)) - set(y.tolist()):
         best = at(p0, index, torch.tensor([k])).topk(min(K, math.ceil(len(y) / C)))
@@ -278,10 +278,10 @@ class Student(nn.Module):
 
     def param_groups(self, lr1, lr2):
         """(A4) What learns, and how fast."""
-        light = [self.prompts] if self.adapters is None else list(self.adapters.parameters())
+        light = self.prompts if self.adapters is None else self.adapters.parameters()
         word = lr1 * float(self.texts.pos.detach().std()) / WORD_STD
-        return [{"params": light, "lr": lr1}, {"params": [self.texts.pos], "lr": word},
-                {"params": [self.texts.neg], "lr": 10 * word}]
+        return [{"params": light, "lr": lr1}, {"params": self.texts.pos, "lr": word},
+                {"params": self.texts.neg, "lr": 10 * word}]
 
 
 class FullModel(nn.Module):
@@ -408,7 +408,7 @@ def train_step(job, phase, batches, y, clean):
 @torch.no_grad()
 def clip_scale(job):
     """(A10) s = max(1, tau / mean |v| over the images): with W = s t0, softmax(W v) is as sharp as
-    CLIP's posterior. A softer one lets all labels, wrong ones too, turn the encoder."""
+    CLIP's posterior. If it is softer, all labels, wrong ones too, pull at the encoder."""
     length = torch.zeros(job.train.N)
     for x, i in job.train:                                                      # (B, 3, R, R), (B,)
         with job.autocast():
@@ -423,8 +423,8 @@ def part_way(job, models, steps, loss, power=2):
     is the product of steps / WHOLE and (N / C - FEW) / 2, each from 0 to 1. At most (2 p)^power, p
     the geometric mean of the labels' probabilities in the last epoch: below 1/2 they were not
     learnt, they only pull. At least K / (K + 1) with K true labels a class."""
-    each = len(job.dataset.train) / job.C
-    enough, K = min(1.0, max(0.0, (each - FEW) / 2)), job.args.shots
+    each, K = len(job.dataset.train) / job.C, len(job.known) / job.C
+    enough = min(1.0, max(0.0, (each - FEW) / 2))
     learnt = (2 * math.exp(-loss)) ** power             # loss: mean of -log p_y
     far = max(min(enough * min(1.0, steps / WHOLE), learnt), K / (K + 1))
     for me in models:
@@ -458,7 +458,7 @@ def train_phase(job, number, round, students, weak, lesson, table):
     elif number == 2 and {"gauss", "fresh"} <= job.added:       # once in the features of phase 1
         table, early = ask_density(job, students, table, 1 / 2, NATS[0])
         asked = [*range(1 if early else third, third + 1)]
-    verdict = number == 1                               # later phase 1's p_clean stands, or A9's
+    verdict = number == 1                               # then phase 1's p_clean stays, or A9's
     seen = first - sum(epoch <= first for epoch in asked)       # looks so far: none where asked
     looks = job.train if "views" not in job.added else job.load(                # (A1)
         images.view(weak), epoch=seen, seed=4 * args.seed + number + 1000 * round)
@@ -471,9 +471,9 @@ def train_phase(job, number, round, students, weak, lesson, table):
             y[:, job.known], clean[:, job.known] = images.y_true[job.known], True
         for loader, mine in zip(loaders, clean):        # batches of clean images, or for Eq. 8 all
             among = (mine | bool(phase.keys)).nonzero()[:, 0].tolist()
-            if args.shots:                              # few would drown among them
+            if args.shots:                              # or the labelled drown among them
                 part = 1 / 2 if number == 1 else min(1 / 2, args.shots ** 0.5 / 16)    # of a batch
-                more = int(len(among) * part / (1 - part) / len(job.known))     # of each
+                more = int(len(among) * part / (1 - part) / len(job.known))     # copies of each
                 among += max(TIMES - 1, more) * job.known.tolist()
             loader.batch_sampler.among = among if args.shots or not phase.keys else []
         for batches in run.steps(zip(*loaders), 2 * min(args.batch_size, len(images)),
@@ -499,7 +499,7 @@ def train_phase(job, number, round, students, weak, lesson, table):
     if number > 1:
         far = 1.0
         if "part" in job.added:                         # (A5); phase 3's labels are trusted: loss 0
-            power = 4 if "head" in job.added else 2     # (A11) makes up for what is not learnt
+            power = 4 if {"head", "crops"} <= job.added else 2      # (A11) makes up for the rest
             loss = run.lines[-1]["loss"] if number == 2 else 0.0
             far = part_way(job, phase.students, steps, loss, power)
         job.crops = far * ("crops" in job.added)        # (A6) as far as they have left CLIP
@@ -765,7 +765,7 @@ def load_prompts(path, class_names):
     says = (f"{path} has no sentences for {len(missing)} of {len(class_names)} classes: "
             f"{', '.join(missing[:9])}")
     if len(missing) == len(class_names):
-        raise data.DataError(f"{says}; its keys: {', '.join(list(table)[:9])}; --prompts '': none")
+        raise data.DataError(f"{says}; its keys: {', '.join(keys[:9])}; --prompts '': none")
     if missing:
         print(f"warning: {says}; they get the template", file=sys.stderr)
     return sentences
@@ -778,8 +778,7 @@ def adapt(args):
     job = data.setup(args, SETTINGS[base] | {k: rates[k] for k in ("lr1", "lr2")})
     job.added = added
     run, dataset, clip_model, names = job.run, job.dataset, job.clip_model, job.dataset.class_names
-    # job has args, run, device, dataset, C, clip_model, load (batches of a view), full (the CLIP
-    # that phase 2 tunes); also added, autocast, scaler, crops (A6), W0 (Eq. 7's start), known, K
+    # job has what data.setup says, also added, autocast, scaler, crops (A6), W0 (Eq. 7's), known, K
     # mixed precision: weights stay fp32; fp16's small gradients need their loss scaled
     job.autocast = partial(torch.autocast, job.device.type, job.amp_dtype,
                            enabled=job.amp_dtype is not None, cache_enabled=False)  # --compile
@@ -792,7 +791,7 @@ def adapt(args):
     args.peft = args.peft or ("vpt" if vit else "adapter")
     if args.peft == "vpt" and not vit:
         raise data.DataError("--peft vpt needs a ViT; a ResNet takes --peft adapter")
-    job.known = args.shots and data.few_shot(dataset.train.y_true, args.shots, args.seed)   # (n,)
+    job.known = data.few_shot(dataset.train.y_true, args.shots, args.seed) if args.shots else []
 
     # CLIP's own guesses, helped by sentences, and the confident ones among them
     ours = Path(__file__).with_name("prompts") / f"{dataset.name}.json"

@@ -746,10 +746,11 @@ def recipe(text, additions):
 
 
 def setup(args, settings={}):
-    """What a run works with: .args, .device, .dataset, .clip_model (frozen), .clip_name, .run,
-    .saved (what --load read), .amp_dtype (None: full precision), .load (`DeviceLoader` with this
-    run's settings), and loaders of the plain images: .train, .test (the same one if these are one
-    set). settings: {flag: (of CLIPs with D < 512, of larger ones)}, for flags not given."""
+    """What a run works with: .args, .device, .dataset, .C (classes), .clip_model (frozen), .full
+    (the CLIP that phase 2 tunes), .clip_name, .run, .saved (what --load read), .amp_dtype (None:
+    full precision), .load (`DeviceLoader` with this run's settings), and loaders of the plain
+    images: .train, .test (the same one if these are one set). settings: {flag: (of CLIPs with
+    D < 512, of larger ones)}, for flags not given."""
     device, saved = pick_device(args.device), None
     torch.manual_seed(args.seed)
     if args.load and args.classes:
@@ -770,6 +771,8 @@ def setup(args, settings={}):
     for flag, values in settings.items():
         if getattr(args, flag, None) is None:
             setattr(args, flag, values[clip_model.visual.output_dim >= 512])
+    if vars(args).get("epochs2") == 0 and (args.student or args.export):
+        raise DataError("--epochs2 0 leaves nothing to --student and --export")
     root = dataset.train.root
     if args.out is None and args.resume:
         raise DataError(f"--resume: give the run's folder, as --out runs/{args.script}-1")
@@ -1158,7 +1161,8 @@ def pseudo_label_sheet(path, images, class_names, y, clean, score):
         pen.text((x0, 3), title, "black")
         for k, name in enumerate(class_names[:40]):
             letters = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
-            pen.text((4, 40 + k * cell), letters[:17], "black")     # Pillow's font has no accents
+            name = letters.strip()[:17] or f"class {k}"     # Pillow's font has no others
+            pen.text((4, 40 + k * cell), name, "black")
             best = order[((y == k) & chosen)[order]][:8]                        # (<= 8,)
             for j, i in enumerate(best.tolist()):
                 picture = ImageOps.fit(images.image(i), (cell - 2, cell - 2))
@@ -1186,12 +1190,13 @@ def write_report(run, images, class_names, p, index):
     if last.get("crops"):
         page.append("<p>Predictions weigh in five crops of each image, zero-shot does not")
     if epochs:
+        lines = [{"accuracy": last["zero_shot"]}, *epochs]
         page.append("<h2>Percent after each epoch, of plain images</h2>"
                     "<svg width=800 height=210 fill=none><path "
                     'stroke="#ddd" d="M0 1H650M0 50H650M0 100H650M0 150H650M0 200H650"/>')
         for n, (key, (scale, color)) in enumerate(CURVES.items()):
             values = [(650 * k / len(epochs), scale * line[key])
-                      for k, line in enumerate(epochs) if line.get(key) is not None]
+                      for k, line in enumerate(lines) if line.get(key) is not None]
             if values:
                 points = " ".join(f"{x:.0f},{200 - 2 * v:.0f}" for x, v in values)
                 page.append(

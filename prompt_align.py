@@ -82,7 +82,7 @@ def loss_weighted(l, c):
 
 
 def log_one_minus(l):
-    """log(1 - p_k), exact also where p_k, which must be the largest, rounds to 1. (B, C)."""
+    """log(1 - p_k), exact also where the largest p_k rounds to 1. (B, C)."""
     top = l.argmax(dim=1, keepdim=True)                                         # (B, 1)
     rest = l.scatter(1, top, torch.finfo(l.dtype).min).logsumexp(dim=1) - l.logsumexp(dim=1)  # (B,)
     others = l.softmax(dim=1).scatter(1, top, 0.0)                              # (B, C), <= 1/2
@@ -353,7 +353,7 @@ def train(job, passes, sets, weights, trial=False):
     first = run.restore(parts)["epoch"] if run.state else 0                     # --resume
     for epoch in range(first, epochs):
         rng = torch.Generator().manual_seed(args.seed * 1_000_003 + epoch)
-        torch.randint(2**62, (N,), generator=rng)       # thrown away: EpochSampler's order
+        torch.randint(2**62, (N,), generator=rng)       # unused: keeps EpochSampler's order
         batches = torch.randperm(N, generator=rng)[:N - N % B].split(B)         # (B,) each
         done = epoch * (N // B)                         # steps before this epoch
         taken = run.steps(batches, B, f"epoch {epoch + 1}/{epochs}", steps - done)
@@ -377,7 +377,7 @@ def choose_weights(job, passes, sets):
     elif not args.align or args.teacher != "evidence":
         return [1.0]
     elif follow_clip(posterior(job, job.f_train, job.t_hand), sets):
-        run.say("the sets follow CLIP's own posterior: they cannot correct it")
+        run.say("the sets follow CLIP's own posterior, cannot correct it: --objective is not used")
         return [1.0, 0.0]
     elif args.objective == "cc":
         return [0.5, 0.5]
@@ -545,7 +545,8 @@ def adapt(args):
     if args.load:
         dataset.templates = job.saved["templates"]
     elif y_true is None and made:
-        raise data.DataError("no labels to make candidate sets from: give --candidates FILE")
+        raise data.DataError("no labels to make candidate sets from: give --candidates FILE, and "
+                             "no --supervised")
     elif args.shots:
         dataset.train = dataset.train.subset(data.few_shot(y_true, args.shots, args.seed))
         run.say(data.cache_pixels(dataset, views, args.cache))
@@ -564,8 +565,7 @@ def adapt(args):
     if args.load:
         with job.autocast():
             t = Adapted(job.saved, clip_model).t                                # (C, D)
-        p = posterior(job, job.f_test, t)                                       # (N, C)
-        return data.write_results(job, p, p0_test, index, zero_shot)
+        return data.write_results(job, posterior(job, job.f_test, t), p0_test, index, zero_shot)
 
     job.f_train = encode(job, dataset.train.view(plain))[0]                     # (N, D)
     if made:
@@ -600,8 +600,8 @@ def parse(argv=None):
     add("--objective", choices=OBJECTIVES, default="cc", help="Eq. 3-9 (%(default)s)")
     add("--align", default=True, action=switch, help="Eq. 10; without: the objective alone")
     add("--teacher", choices=["evidence", "dynamic", "handcrafted"], default="evidence",
-        help="prompts whose logits are added; or one, Eq. 11, alpha falling or as released "
-        "(%(default)s)")
+        help="%(default)s: logits of several prompts, added; the others: one prompt, Eq. 11, with "
+        "alpha falling or 1")
     add("--candidates", default="uniform", metavar="uniform|instance|FILE", help="made from the "
         "labels, all wrong ones alike or those CLIP finds likely; or your CSV or JSON")
     add("--q", type=float, default=0.5, help="chance of a wrong label to be in a set (%(default)s)")

@@ -928,9 +928,9 @@ def test_pseudo_label_sheet(tmp_path):
         data.pseudo_label_sheet(tmp_path / "x.png", images, names, y, clean, score)
         sheet = Image.open(tmp_path / "x.png").convert("L")
         assert sheet.crop(empty).getextrema() == (255, 255) > sheet.crop(full).getextrema()
-    for name in ("Hütte", "Hutte"):                     # accents are no boxes
+    for name in ("Hütte", "Hutte", "猫", "class 0"):    # accents and signs are no boxes
         data.pseudo_label_sheet(tmp_path / f"{name}.png", images, [name], 0 * y, score > 0, score)
-    assert len({sheet.read_bytes() for sheet in tmp_path.glob("H*.png")}) == 1
+    assert len({sheet.read_bytes() for sheet in tmp_path.glob("[Hc猫]*.png")}) == 2
 
 
 def test_command(tmp_path, monkeypatch):
@@ -1216,8 +1216,8 @@ def test_part_way(frozen, monkeypatch, capsys, power):  # (A5)
             (900, 4, 0, 1.0, 0.0), (900, 4, 1, 0.1, 0.5), (30, 60, 4, 0.5, 0.8),
             (270, 60, 1, 0.7, 0.9), (300, 60, 0, 0.25, 0.5 ** power),
             (150, 60, 0, 0.45, 0.5)):
-        job = SimpleNamespace(full=frozen, W0=t0, run=run, args=SimpleNamespace(shots=shots),
-                              dataset=SimpleNamespace(train=range(3 * each)), C=3)
+        job = SimpleNamespace(full=frozen, W0=t0, run=run, C=3, known=range(3 * shots),
+                              dataset=SimpleNamespace(train=range(3 * each)))
         model = coft.FullModel(frozen, t0, student_of(frozen))
         start = [v.clone() for v in model.state_dict().values()]
         for v in model.parameters():
@@ -2284,8 +2284,11 @@ def test_export(little, tmp_path, capsys):
     f = plain.encode_image(torch.stack([model.preprocess(test.image(i)) for i in range(50)]))
     y = (F.normalize(f, dim=1) @ beside["t"].T).argmax(dim=1)                   # (50,)
     assert f"accuracy {data.accuracy(y, test.y_true)}" in said
-    stops(capsys, "--export: without phase 2", tmp_path / "b", "--epochs2", 0, "--max-steps", 1,
-          "--export", file)
+    run(tmp_path / "b", "--epochs2", 0, "--max-steps", 1)
+    light = tmp_path / "b" / "model.pt"
+    for flags, says in ((["--epochs2", 0], "--epochs2 0 leaves nothing to --student and --export"),
+                        (["--load", light], "--export: without phase 2 CLIP's encoder")):
+        stops(capsys, says, tmp_path / "c", *flags, "--export", file)
     torch.save(golden_weights(VIT), tmp_path / "vit.pt")    # heads as OpenAI's: a plain state dict
     run(tmp_path / "vit", "--weights", tmp_path / "vit.pt", "--max-steps", 1, "--export", file)
     weights, model = torch.load(file, weights_only=True), coft.load(tmp_path / "vit" / "model.pt")
@@ -2311,7 +2314,7 @@ def test_report(drawn, tmp_path):
     names = ["<b>&", *"bcdefghij"]
     test = data.Images([f'"{i}>.png' for i in range(50)], drawn["test"][1], None, drawn["test"][0])
     lines = [{"dataset": "a <folder>"},
-             {"epoch": 1, "accuracy": 20.0, "kept": 0.2, "auroc": 0.5, "precision": None},
+             {"epoch": 1, "accuracy": 40.0, "kept": 0.2, "auroc": 0.5, "precision": None},
              {"epoch": 2, "accuracy": 60.0, "kept": 0.6, "auroc": 0.5, "precision": 0.5},
              {"accuracy": 60.0, "zero_shot": 20.0}]
     run_ = SimpleNamespace(lines=lines, out=tmp_path)
@@ -2323,8 +2326,8 @@ def test_report(drawn, tmp_path):
     assert page.count("<figure") == page.count("data:image/png;base64") == 50
     assert page.count("<polyline") == 3 and "kept 60.0" in page
     assert "zero-shot accuracy 20.0 %" in page and "after the run 60.0 %" in page
-    assert 'points="0,160 325,80"' in page              # 20 and 60 percent
-    assert 'points="325,100"' in page                   # nothing was clean in the first epoch
+    assert 'points="0,160 325,120 650,80"' in page      # 20, 40 and 60 percent
+    assert 'points="650,100"' in page                   # nothing was clean in the first epoch
     counts = [[int(n or 0) for n in re.findall(r"<td[^>]*>(\d*)", row)]
               for row in re.findall(r"<tr><th>[^<].*", page)]
     assert counts == [[int(((test.y_true == a) & (y == b)).sum()) for b in range(10)]
