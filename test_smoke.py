@@ -1415,8 +1415,9 @@ def test_the_sheet_shows_what_the_filter_says(script, little, tmp_path, monkeypa
     assert len(shown) > 1                               # after each phase
 
 
-def test_each_addition_alone(little, tmp_path, monkeypatch):
+def test_each_addition_alone(drawn, tmp_path, monkeypatch):
     """Every one can be left out, alone, and does something; third: see test_student."""
+    monkeypatch.setattr(shapes, "pictures", lambda _, part: [v[:64] for v in drawn[part]])
     monkeypatch.setattr(coft_plus, "WHOLE", 8)
     without = [f"--recipe ours-{name}" for name in coft_plus.ADDITIONS if name != "third"]
     all_differ(tmp_path, ["--rounds", 1, "--gamma", 0, "--epochs2", 2, "--max-steps", 4],
@@ -1526,9 +1527,8 @@ def test_mirrored_or_not(little, tmp_path, capsys):
 
 
 def test_demo_gains(tmp_path, monkeypatch):
-    draw, n = shapes.pictures, {"train": 1000, "test": 300}     # some of them
-    monkeypatch.setattr(shapes, "pictures", lambda name, part: [
-        v[:n[part]] for v in draw(name, part)])
+    draw = shapes.pictures
+    monkeypatch.setattr(shapes, "pictures", lambda *a: [v[:1000] for v in draw(*a)])    # half
     assert coft.main(["--device", "cpu", "--epochs1", "1", "--epochs2", "2",
                       "--out", str(tmp_path / "run")]) == 0
     last = read(tmp_path / "run")[0][-1]
