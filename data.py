@@ -934,8 +934,9 @@ def distributed(students, compiled=False):
     """The students, called with (clip_model, x), with gradients averaged over the processes;
     compiled: by torch.compile and, on a single GPU, run as CUDA graphs."""
     if world_size() > 1:
-        students = [torch.nn.parallel.DistributedDataParallel(me, broadcast_buffers=False)
-                    for me in students]                 # which are the same everywhere
+        students = [torch.nn.parallel.DistributedDataParallel(me) for me in students]
+        for me in students:
+            me.broadcast_buffers = False                # which are the same everywhere
     if compiled:
         students = [torch.compile(me) for me in students]
         if world_size() == 1 and next(students[0].parameters()).is_cuda:
