@@ -33,7 +33,7 @@ The paper does not say, so decided here:
             code; tiny: chosen on drawn styles), lam 1, batches of 64
   data      an epoch is N / B steps, however small the set it draws from; training images are random
             crops; a class that is nobody's guess takes its likeliest images
-  start     CoOp's templates, in V+ and V- too (--ctx: random words as large as CLIP's); W at t0;
+  start     CoOp's templates, in V+ and V- too (ctx > 0: random words as large as CLIP's); W at t0;
             students differ in batches and y_bar too
   steps     momentum 0.9, warm-up, cosine, weight decay 5e-4; in A4 0.01 for the encoder, none
             elsewhere, and V- learns ten times as fast as V+
@@ -74,7 +74,9 @@ TOP = 16            # classes of an image that a table holds, see Table
 WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
 FEW = 4             # (A5) from up to so many images a class nothing is learnt
 TIMES = 7           # (--shots) draws of a labelled image per draw of another, at least
-SETTINGS = {    # defaults: (tiny CLIPs, D < 512; OpenAI's models); lam, peft_size have no flag
+# Of (tiny CLIPs, D < 512; OpenAI's models), where no flag says otherwise. k: images per class to
+# start from, < 1: a share of N / C, at least 16; ctx: context words, 0: the template's.
+SETTINGS = {
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (6, 10), "epochs2": (4, 10)},
     "ours": {"k": (0.25, 0.25), "ctx": (0, 0), "peft_size": (4, 20), "lam": (1.0, 1.0),
@@ -644,13 +646,11 @@ def parse(argv=None):
         "one of them: ours-fresh, paper+views+balance; the table ADDITIONS (%(default)s)")
     add("--peft", choices=["vpt", "adapter"], help="light visual modules: deep prompt tokens (a "
         "ViT's default), or bottlenecks beside the MLPs (a ResNet's)")
-    add("--ctx", type=int, metavar="L", help="context words of the prompts, 0: the template's; "
-        "default of this and of others below: the table SETTINGS")
-    add("--k", type=float, help="images per class to start from; < 1: share of N / C, at least 16")
     add("--shots", type=int, default=0, metavar="K", help="labelled images per class (%(default)s)")
     add("--student", metavar="ARCH|FILE", type=data.on_disk, help="another CLIP, whose image "
         "encoder learns last and predicts")
-    add("--epochs1", type=int, help="of phase 1; 0: nothing is filtered, p_clean says nothing")
+    add("--epochs1", type=int, help="of phase 1; 0: nothing is filtered, p_clean says nothing; "
+        "default of this and the next three: the table SETTINGS")
     add("--epochs2", type=int, help="of phase 2; 0 leaves it out; phase 3's are twice as many")
     add("--lr1", type=float, help="of prompts, light modules and (A4) the FC layer")
     add("--lr2", type=float, help="of the image encoder")

@@ -76,7 +76,9 @@ SHRINK = 0.2        # (A9), (A11) at most this share of the covariance is a mult
 ROOT = 8            # (A11) the 8th root of the density: its D features are not independent
 FIT = 2**17         # (A9) Gaussians are fitted to so many images, or up to twice
 TIMES = 7           # (--shots) draws of a labelled image per draw of another, at least
-SETTINGS = {    # defaults: (tiny CLIPs, D < 512; OpenAI's models); lam, peft_size have no flag
+# Of (tiny CLIPs, D < 512; OpenAI's models), where no flag says otherwise. k: images per class to
+# start from, < 1: a share of N / C, at least 16; ctx: context words, 0: the template's.
+SETTINGS = {
     "paper": {"k": (16, 16), "ctx": (0, 16), "peft_size": (4, 20), "lam": (1.0, 1.0),
               "lr1": (0.03, 0.03), "lr2": (0.01, 5e-4), "epochs1": (4, 10), "epochs2": (4, 10),
               "gamma": (0.1, 0.1), "rounds": (3, 3)},
@@ -851,16 +853,14 @@ def parse(argv=None):
         "one of them: ours-fresh, paper+views+balance; the table ADDITIONS (%(default)s)")
     add("--peft", choices=["vpt", "adapter"], help="light visual modules: deep prompt tokens (a "
         "ViT's default), or bottlenecks beside the MLPs (a ResNet's)")
-    add("--ctx", type=int, metavar="L", help="context words of the prompts, 0: the template's; "
-        "default of this and of others below: the table SETTINGS")
-    add("--k", type=float, help="images per class to start from; < 1: share of N / C, at least 16")
     add("--prompts", metavar="FILE", help="JSON {class: [sentence, ...]}; default: ours; '': none")
     add("--rounds", type=int, metavar="R", help="of phase 1")
     add("--gamma", type=float, help="weight of the contrastive loss")
     add("--shots", type=int, default=0, metavar="K", help="labelled images per class (%(default)s)")
     add("--student", metavar="ARCH|FILE", type=data.on_disk, help="another CLIP, whose image "
         "encoder learns last and predicts")
-    add("--epochs1", type=int, help="of each round of phase 1; 0: V- judges nothing, nor p_clean")
+    add("--epochs1", type=int, help="of each round of phase 1; 0: V- judges nothing, nor p_clean; "
+        "default of this and the next three: the table SETTINGS")
     add("--epochs2", type=int, help="of phase 2; 0 leaves it out; phase 3's are twice as many")
     add("--lr1", type=float, help="of prompts, light modules and (A4) the FC layer")
     add("--lr2", type=float, help="of the image encoder")

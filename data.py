@@ -753,8 +753,8 @@ def setup(args, settings={}):
     D < 512, of larger ones)}, for flags not given."""
     device, saved = pick_device(args.device), None
     torch.manual_seed(args.seed)
-    if args.load and args.classes:
-        raise DataError("--load: the classes are the model's, leave out --classes")
+    if args.load and (args.classes or args.template):
+        raise DataError("--load: classes and template are the model's, leave yours out")
     if args.load:                                       # its classes and its CLIP
         saved, clip_model, full, _ = read_model(args.load, args.script, args.weights, device,
                                                 vars(args).get("student"))

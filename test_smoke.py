@@ -1377,8 +1377,8 @@ def all_differ(out, flags, variants, script=coft):
 
 def test_flags(little, tmp_path):
     all_differ(tmp_path, ["--max-steps", 2], (
-        "", "--seed 1", "--epochs2 0", "--epochs1 0", "--recipe paper", "--ctx 4", "--no-flip",
-        "--no-quick-gelu", "--template {}.", "--k 3", "--lr1 0.01", "--lr2 0.01"))
+        "", "--seed 1", "--epochs2 0", "--epochs1 0", "--recipe paper", "--no-flip",
+        "--no-quick-gelu", "--template {}.", "--lr1 0.01", "--lr2 0.01"))
 
 
 def test_live_line(little, tmp_path, monkeypatch, capsys):
@@ -1729,7 +1729,6 @@ def test_each_student_learns_its_own_labels(frozen, monkeypatch, script):
 def test_learning_rates(frozen):
     job, students = job_and_students(frozen, coft, "adam")
     word = 0.1 * float(students[0].texts.pos.detach().std()) / coft.WORD_STD
-
     def groups(number):
         found = coft.start_phase(job, number, students, 5).optimizer.param_groups
         return [(g["initial_lr"], g["weight_decay"]) for g in found]
@@ -1795,7 +1794,8 @@ def test_without_its_parts_it_is_coft(little, tmp_path, monkeypatch):
 
 
 def test_plus_run_folder(little, tmp_path, capsys, monkeypatch):
-    (_, *epochs, last), *_ = run(tmp_path / "run", "--max-steps", 2, "--k", 3, script=coft_plus)
+    monkeypatch.setitem(coft_plus.SETTINGS["ours"], "k", (3, 3))
+    (_, *epochs, last), *_ = run(tmp_path / "run", "--max-steps", 2, script=coft_plus)
     assert [(e["phase"], e["round"]) for e in epochs] == [(1, 1), (1, 2), (2, 1)]
     assert epochs[0]["kept"] <= 0.35
     assert "demo.json" in capsys.readouterr().out
