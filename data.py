@@ -475,7 +475,8 @@ def read_folders(root, known, classes, split):
                    and class_folders(root, f"{base}/{c}".lstrip("/"), known)[0] for c in names)):
         raise DataError(f"{root}: the folders {', '.join(names)} are no classes (if they are, name "
                         f"them with --classes). {EXPECTED}")
-    labelled = found & wanted and (classes or len(names) > 1)           # not 2023/, 2024/
+    labelled = found & wanted and (                     # not 2023/, 2024/; one class if that is all
+        len(names) > 1 or classes and len(images) == len(list_images(root)))
     if labelled or len(names) > 1 and WORDNET_ID.fullmatch(names[0]):
         return hash_split(names, images) if split else ("class folders", names, images, images)
     images = Images(list_images(root), None, root)

@@ -172,7 +172,6 @@ def test_shared_words_and_many_texts_are_exact(vit):
     ctx = torch.randn(2, 1, 4, 64).requires_grad_()     # two prompts
     emb = vit.token_embedding(tokens).detach().expand(2, -1, -1, -1)            # (2, 300, 10, W)
     emb = torch.cat([emb[:, :, :1], ctx.expand(-1, 300, -1, -1), emb[:, :, 5:]], dim=2)
-
     def with_gradients(f):
         return f, *torch.autograd.grad(f.square().sum(), [ctx, vit.text_projection])
     expected = with_gradients(torch.stack([torch.cat([
@@ -341,7 +340,6 @@ def test_torchscript_archive_is_read_without_torch_jit(shape, tmp_path, monkeypa
 
 def test_nothing_in_a_file_is_executed(tmp_path):
     mark, path = tmp_path / "executed", tmp_path / "weights.pt"
-
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {mark}",)
@@ -709,6 +707,8 @@ def test_folders(tmp_path, capsys):
         class_folders(parts := tmp_path / some.replace("/", " "), 1, some.split())
         assert f"{some.replace('/cat', '').replace(' ', ', ')} are no classes (if" in refuses(parts)
     assert data.load(parts, "test set,training set").train.y_true is not None
+    parts = tmp_path / "seg_train cat unlabeled" / "seg_train"
+    assert data.load(parts, "dog,cat").train.y_true.tolist() == [1]
     draw(tmp_path / "flat", ["train/images/0.jpg", "test/images/0.jpg"])        # as YOLO has them
     assert "no names of classes: give --classes" in refuses(tmp_path / "flat")
     class_folders(alone := tmp_path / "alone", 5, ("train/cat", "train/dog"))
@@ -723,7 +723,7 @@ def test_folders(tmp_path, capsys):
     assert d.test.y_true.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     class_folders(tmp_path / "train", 1, ("cat",))
     assert "test/ has class folders that train/ lacks: bear, dog" in refuses(tmp_path)
-    assert data.load(tmp_path / "train", "dog,cat").train.y_true.tolist() == [1]
+    assert data.load(tmp_path / "train", "dog,cat").train.y_true is None        # 1.jpg has no class
     assert "no such folder or image. Expected one of\n  DIR/train/CLASS/*.jpg" in refuses(__file__)
     assert "demo:x: unknown style, expected one of source, narrow, " in refuses("demo:x")
 
