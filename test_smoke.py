@@ -2400,11 +2400,11 @@ def child(script, argv, screen, env, spy, at, do):
         os.dup2(os.open(screen, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
     sys.stdout, sys.stderr = [open(fd, "w", buffering=1, closefd=False) for fd in (1, 2)]
     os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)        # `pytest &` ignores it
     torch.set_num_threads(1)
     draw, steps = shapes.pictures, []
     n = {"train": 100, "test": 50}
     shapes.pictures = lambda name, part: tuple(x[:n[part]] for x in draw(name, part))
-
     def spied(optimizer, *_):
         steps.append(optimizer)
         if spy and len(steps) == 1:
