@@ -115,8 +115,8 @@ def labels_of(p, index):
 
 def pseudo_labels(p0, index, C, K):
     """Eq. (1), S*: y = argmax_k p0_k; confident: per class the K images with the largest p0_y. A
-    class that is no image's argmax gets those where its own p0 is largest, K or N / C (rounded up)
-    at most, even another class's last. p0, index (N, H) -> y (N,), confident (N,) bool."""
+    class that is no image's argmax gets those where its own p0 is largest, even another class's
+    last: min(K, ceil(N / C)) at most. p0, index (N, H) -> y (N,), confident (N,) bool."""
     y = labels_of(p0, index)
     for k in set(range(C)) - set(y.tolist()):
         best = at(p0, index, torch.tensor([k])).topk(min(K, math.ceil(len(y) / C)))

@@ -377,7 +377,7 @@ def choose_weights(job, passes, sets):
     elif not args.align or args.teacher != "evidence":
         return [1.0]
     elif follow_clip(posterior(job, job.f_train, job.t_hand), sets):
-        run.say("the sets follow CLIP's own posterior, cannot correct it: --objective is not used")
+        run.say("the sets follow CLIP's own posterior and cannot correct it: --objective unused")
         return [1.0, 0.0]
     elif args.objective == "cc":
         return [0.5, 0.5]

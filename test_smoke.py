@@ -409,7 +409,6 @@ def download(monkeypatch, tmp_path):
     def source(kind):                                   # nobody listens at port 9
         url = f"http://127.0.0.1:{9 if kind == 'closed' else httpd.server_port}/{kind}/file"
         return (f"{url}.bin", None) if kind in ("hub", "nohash") else (f"{url}.pt", Server.sha256)
-
     def download(*kinds):
         monkeypatch.setattr(clip_files, "_sources", lambda name: [source(kind) for kind in kinds])
         Server.requests.clear()
@@ -1795,6 +1794,7 @@ def test_without_its_parts_it_is_coft(little, tmp_path, monkeypatch):
 
 def test_plus_run_folder(little, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(coft_plus.SETTINGS["ours"], "k", (3, 3))
+    monkeypatch.setitem(coft_plus.SETTINGS["ours"], "ctx", (4, 4))
     (_, *epochs, last), *_ = run(tmp_path / "run", "--max-steps", 2, script=coft_plus)
     assert [(e["phase"], e["round"]) for e in epochs] == [(1, 1), (1, 2), (2, 1)]
     assert epochs[0]["kept"] <= 0.35
@@ -1815,6 +1815,7 @@ def test_plus_run_folder(little, tmp_path, capsys, monkeypatch):
     t0, start = (clip.zeroshot_classifier(model.clip_model, some)
                  for some in (texts, [row[:1] for row in texts]))       # prompts start at PHOTO's
     assert not model.models[0].judge.texts.shift.any()
+    assert model.models[0].judge.texts.pos.shape == (1, 4, 64)          # ctx
     torch.testing.assert_close(model.models[1].judge.texts.shift, t0 - start)
 
 
@@ -2013,7 +2014,6 @@ def test_align_tables(frozen, random_features, objective):
     first = pa.Learner(job, S, 10, [1.0])
     learner, _ = one_step(job, S, f, i)
     asked = learner if objective == "rc" else first                     # RC after the step
-
     def confidence(e):                                  # LWS weighs the other classes, too
         rest = F.normalize(~S * e, p=1, dim=1) if objective == "lws" else 0.0
         return F.normalize(S * e, p=1, dim=1) + rest
