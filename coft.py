@@ -24,7 +24,7 @@ Equation numbers are the paper's. B batch, C classes, D embedding, H classes in 
 tokens, M models, N images, T tokens of a text, W width, but W v + b: the FC layer; tau =
 exp(logit_scale); f and t are unit vectors, t0 the zero-shot texts; V+, V- the two prompts.
 
-Run:  python coft.py                                    the demo, offline; 2 minutes on two cores
+Run:  python coft.py                                    the demo, offline; 1 to 4 minutes, two cores
       python coft.py --data ./oxford_pets               real data with OpenAI's CLIP: not measured
       python coft.py --data ./photos --classes cat,dog  a folder of unlabelled photos
 
