@@ -155,10 +155,9 @@ def with_crops(x, share):
     weak views' mean), scaled up to R; V = 1 if share = 0. (B, 3, R, R) -> (V B, 3, R, R)."""
     if not share:
         return x
-    R, device = x.shape[-1], x.device
-    x = x.cpu() if device.type == "mps" else x          # which lacks this before torch 2.8
+    R = x.shape[-1]
     return torch.cat([x, *(F.interpolate(crop, (R, R), mode="bicubic", antialias=True)
-                           for crop in five_crop(x, round(0.9 * R)))]).to(device)
+                           for crop in five_crop(x, round(0.9 * R)))])
 
 
 def over_views(p, B, share):

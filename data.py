@@ -457,11 +457,7 @@ def read_folders(root, known, classes, split):
         part, tested, test = max(((d, *class_folders(root, d, known)) for d in parts[1:]),
                                  key=lambda found: bool(found[1]))      # rather a labelled one
         names = seen or tested or classes or []
-        if not set(tested) <= set(names):
-            raise DataError(f"{part}/ has class folders that {parts[0]}/ lacks: "
-                            f"{', '.join(c for c in tested if c not in names)}")
-        if tested:                                      # some classes may have no test images
-            test.y_true = torch.tensor([names.index(c) for c in tested])[test.y_true]
+        by_name_of(tested, names, [test], f"{part}/ has class folders that {parts[0]}/ lacks")
         return f"{parts[0]}/{'' if seen else ', no labels'} + {part}/", names, train, test
     names, images = class_folders(root, base, known)
     if names in [[d] for d in SPLITS]:                  # alone: its own folders are the classes
@@ -610,7 +606,8 @@ def load(path, classes=None, template=None, adapted=None):
             raise DataError(f"{path}: no names of classes: give --classes, or two class folders. "
                             f"{EXPECTED}")
         names = wordnet_names(names or classes, root)
-    names = by_name_of(names, classes, parts, path) if classes else check_classes(names)
+    says = f"{path}: neither --classes nor a model has"
+    names = by_name_of(names, classes, parts, says) if classes else check_classes(names)
     train, test = parts
     if train.pictures is None and sum(map(len, {train, test})) <= MOST_OPENED:
         train = readable(train)
@@ -681,12 +678,12 @@ def check_classes(names):
     return names
 
 
-def by_name_of(names, wanted, parts, path):
-    """The classes of --classes or of a model, which the labels of the images then count in.
-    DataError if the images have others."""
+def by_name_of(names, wanted, parts, says):
+    """The wanted classes, in which the labels of the images then count, so far in names. DataError,
+    which says so, if one of the names means none of them."""
     found = [meant(name, wanted) for name in names]
     if others := [name for name, some in zip(names, found) if not some]:
-        raise DataError(f"{path}: neither --classes nor a model has: {', '.join(others[:20])}")
+        raise DataError(f"{says}: {', '.join(others[:20])}")
     order = torch.tensor([k if k in some else some[0] for k, some in enumerate(found)])
     for images in set(parts):                           # of two `missile` each stays itself
         images.y_true = None if images.y_true is None else order[images.y_true]
@@ -750,8 +747,7 @@ def setup(args, settings={}):
     """What a run works with: .args, .device, .dataset, .C (classes), .clip_model (frozen), .full
     (the CLIP that phase 2 tunes), .clip_name, .run, .saved (what --load read), .amp_dtype (None:
     full precision), .load (`DeviceLoader` with this run's settings), and loaders of the plain
-    images: .train, .test (the same one if these are one set). settings: {flag: (of CLIPs with
-    D < 512, of larger ones)}, for flags not given."""
+    images: .train, .test. settings: {flag not given: (of CLIPs with D < 512, of larger ones)}."""
     device, saved = pick_device(args.device), None
     torch.manual_seed(args.seed)
     if args.load and (args.classes or args.template):
@@ -797,12 +793,11 @@ def setup(args, settings={}):
         amp = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     load_view = partial(DeviceLoader, batch_size=args.batch_size, device=device, workers=workers,
                         pin=not vars(args).get("compile"))      # no thread may disturb `graphed`
-    train = load_view(dataset.train.view(plain))
-    test = train if dataset.test is dataset.train else load_view(dataset.test.view(plain))
     return SimpleNamespace(
         args=args, device=device, dataset=dataset, C=len(dataset.class_names),
         clip_model=clip_model.requires_grad_(False), clip_name=weights, full=full, run=run,
-        load=load_view, train=train, test=test, saved=saved,
+        load=load_view, train=load_view(dataset.train.view(plain)),
+        test=load_view(dataset.test.view(plain)), saved=saved,
         amp_dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp))
 
 
@@ -1008,8 +1003,10 @@ def command_line(adapt, args):
         status, says = 130, "stopped"
         if args.out and (Path(args.out) / "args.json").exists():
             says += f"; --resume --out {args.out} goes on after the last epoch"
-    if status == 2 and "run" in args:
-        args.run.undo()
+    if status == 2 and rank() == 0 and "run" in args and len(args.run.lines) == 1:
+        with suppress(OSError):                         # nothing was learnt: the folder goes, but
+            (args.run.out / "args.json").unlink()       # not if there is more in it
+            args.run.out.rmdir()
     print(says, file=sys.stderr, flush=True)
     return status
 
@@ -1038,13 +1035,6 @@ class Run:
                     "--dataset", "other images or classes:"))
         with replacing(self.out / "args.json", "w") as file:
             json.dump(self.lines[0], file, indent=2)
-
-    def undo(self):
-        """Takes the folder back where a mistake ended the run before anything was learnt."""
-        if rank() == 0 and len(self.lines) == 1:
-            with suppress(OSError):                     # what else is there stays
-                (self.out / "args.json").unlink()
-                self.out.rmdir()
 
     def restore(self, parts):
         """Gives each of {name: module, optimizer, ...} its state; the rest of last.pt."""
