@@ -187,7 +187,7 @@ class Prompts(nn.Module):
         if L:                                           # as CoOp's
             words, rest = " ".join(["x"] * L), "."
         n = int(clip.tokenize(words)[0].argmax()) - 1                   # between <sot> and <eot>
-        tokens = clip.tokenize([f"{words} {c}{rest}" for c in class_names], truncate=True)
+        tokens = clip.tokenize([f"{words} {c}{rest}" for c in class_names])
         vectors = clip_model.token_embedding.weight.detach()            # most rows of tiny's are 0
         tokens = tokens[:, :tokens.argmax(dim=1).max() + 1].to(vectors.device)  # (C, T), T: longest
         emb = vectors[tokens]                                           # (C, T, W)

@@ -1,5 +1,6 @@
-"""CoFT+: CoFT with three parts more (same paper, arXiv 2602.04337). Read coft.py first; its letters
-are used here, and Q keys in the queue.
+"""CoFT+: CoFT with three parts more (same paper, arXiv 2602.04337).
+
+Read coft.py first; its letters are used here, and Q keys in the queue.
 
 `diff coft.py coft_plus.py` shows the three, and additions of ours, (A8), (A9) and (A11): sentences
 that an LLM wrote help the first guess; phase 1 goes in rounds, each from the labels of the last; in
@@ -198,7 +199,7 @@ class Prompts(nn.Module):
         if L:                                           # as CoOp's
             words, rest = " ".join(["x"] * L), "."
         n = int(clip.tokenize(words)[0].argmax()) - 1                   # between <sot> and <eot>
-        tokens = clip.tokenize([f"{words} {c}{rest}" for c in class_names], truncate=True)
+        tokens = clip.tokenize([f"{words} {c}{rest}" for c in class_names])
         vectors = clip_model.token_embedding.weight.detach()            # most rows of tiny's are 0
         tokens = tokens[:, :tokens.argmax(dim=1).max() + 1].to(vectors.device)  # (C, T), T: longest
         emb = vectors[tokens]                                           # (C, T, W)
@@ -758,15 +759,17 @@ def load_prompts(path, class_names):
             isinstance(texts, list) and all(isinstance(text, str) for text in texts)
             for texts in table.values()):
         raise data.DataError(f'{path}: expected {{"class name": ["sentence", ...], ...}}')
-    keys, sentences = list(table), []
+    keys, sentences, unused = list(table), [], dict.fromkeys(table)
     for c in class_names:
         found = data.meant(c, keys) or [k for k, key in enumerate(keys) if words(key) == words(c)]
-        sentences.append([text.replace("{}", c) for text in table[keys[found[0]]]] if found else [])
+        key = keys[found[0]] if found else None
+        sentences.append([text.replace("{}", c) for text in table.get(key, [])])
+        unused.pop(key, None)
     missing = [c for c, texts in zip(class_names, sentences) if not texts]
     says = (f"{path} has no sentences for {len(missing)} of {len(class_names)} classes: "
-            f"{', '.join(missing[:9])}")
+            f"{', '.join(missing[:9])}; unused keys: {', '.join([*unused][:9]) or 'none'}")
     if len(missing) == len(class_names):
-        raise data.DataError(f"{says}; its keys: {', '.join(keys[:9])}; --prompts '': none")
+        raise data.DataError(f"{says}; --prompts '': none")
     if missing:
         print(f"warning: {says}; they get the template", file=sys.stderr)
     return sentences

@@ -287,8 +287,10 @@ class EpochSampler(Sampler):
             drawn = torch.cat([torch.randperm(n, generator=rng) for _ in range(times)])
             items = [(self.among[k], seed) for k, seed in zip(drawn[:self.used].tolist(), seeds)]
         for k in range(0, self.used, self.batch_size):
-            if batch := shard(items[k:k + self.batch_size]):    # a table's last one may be short
-                yield batch
+            size = min(self.batch_size, self.used - k)
+            first, last = (k + size * r // world_size() for r in (rank(), rank() + 1))
+            if first < last:                            # a table's last batch may be short
+                yield items[first:last]
 
 
 class DeviceLoader(DataLoader):
@@ -400,10 +402,13 @@ def read_aircraft(root):
     """CoOp's lists: the classes in variants.txt, and lines `1025794 707-320` for each part."""
     names, parts = read_text(root / "variants.txt").splitlines(), []
     for part in ("train", "test"):
-        lines = read_text(root / f"images_variant_{part}.txt").splitlines()
-        numbers, variants = zip(*(line.split(" ", 1) for line in lines))
-        files = [f"images/{number}.jpg" for number in numbers]
-        parts.append(Images(files, [names.index(name) for name in variants], root))
+        file = root / f"images_variant_{part}.txt"
+        try:
+            numbers, variants = zip(*(s.split(" ", 1) for s in read_text(file).splitlines()))
+            labels = [names.index(name) for name in variants]
+        except ValueError as e:
+            raise DataError(f"{file}: expected `1025794 707-320` ... ({reason(e)})") from None
+        parts.append(Images([f"images/{number}.jpg" for number in numbers], labels, root))
     return "CoOp's official split", names, *parts
 
 
@@ -546,6 +551,8 @@ def reason(e):
     """An exception in a few words."""
     if isinstance(e, pickle.UnpicklingError):           # its text tells how to run the file
         return "damaged, or something else"
+    if isinstance(e, KeyError):
+        return f"without {e}"
     return getattr(e, "strerror", None) or " ".join(str(e).split())[:200] or type(e).__name__
 
 
@@ -570,7 +577,7 @@ def load(path, classes=None, template=None, adapted=None):
     """`Data` of a folder or of demo[:STYLE]. Opens each of up to MOST_OPENED images. classes: None,
     "a,b,c" or a file with one name per line, the folder's own among them, if it has any. template:
     None (the data set's), "ensemble" (eight) or a text with one {}. adapted: the classes of a model
-    that is there; class folders without test/ are then the test set. Raises DataError."""
+    that is there; class folders without test/ are the test set. Raises DataError, CLIPError."""
     path, classes = str(path), adapted or classes and listed_classes(classes)
     if path == "demo" or path.startswith("demo:"):
         known, text = Known(("demo",)), path[5:] or "narrow"
@@ -615,6 +622,7 @@ def load(path, classes=None, template=None, adapted=None):
     own = known.template if template in (None, "ensemble") else template
     if re.findall("[{}]+", own) != ["{}"]:
         raise DataError(f"--template {template!r}: expected `ensemble` or a text with one {{}}")
+    clip.tokenize([own.replace("{}", c) for c in names])        # CLIPError if one is too long
     templates = [own, *(ENSEMBLE if template == "ensemble" else ())]
     some = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
     return Data(train, test, names, templates, f"{known.folders[0] or path}: {text}; "
@@ -673,8 +681,10 @@ def listed_classes(classes):
 def check_classes(names):
     """Class names as they go into the prompt; DataError unless all differ, or are a thousand."""
     names = [" ".join(c.replace("_", " ").split()) for c in names]
-    if len(set(map(str.casefold, names))) < len(names) < 1000 or not names:     # two `missile`
-        raise DataError(f"class names must be given, all different, got {', '.join(names[:20])}")
+    folded = [c.casefold() for c in names]
+    if len(set(folded)) < len(names) < 1000 or not names:       # ImageNet has two `missile`
+        twice = [c for c in names if folded.count(c.casefold()) > 1]
+        raise DataError(f"expected classes, all different, got {', '.join(twice[:9]) or 'none'}")
     return names
 
 
@@ -771,9 +781,9 @@ def setup(args, settings={}):
     if vars(args).get("epochs2") == 0 and (args.student or args.export):
         raise DataError("--epochs2 0 leaves nothing to --student and --export")
     root = dataset.train.root
-    if args.out is None and args.resume:
+    if not args.out and args.resume:
         raise DataError(f"--resume: give the run's folder, as --out runs/{args.script}-1")
-    elif args.out is None:
+    elif not args.out:
         args.out = broadcast_from_rank0(free_folder, args.script)
     elif root and os.path.isdir(args.out) and os.path.samefile(args.out, root):
         raise DataError(f"--out {args.out} is the folder of the images")
@@ -888,12 +898,6 @@ def world_size():
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def shard(items):
-    """This process's part, contiguous, of a list."""
-    n = len(items)
-    return items[n * rank() // world_size():n * (rank() + 1) // world_size()]
 
 
 def broadcast_from_rank0(f, *args):
@@ -1032,7 +1036,7 @@ class Run:
                      if args.get(k) != v and k not in free]
             if other:
                 raise DataError(f"--resume: this run was begun with {' '.join(other)}".replace(
-                    "--dataset", "other images or classes:"))
+                    "--dataset", "other images or classes:").replace("--script", "the script"))
         with replacing(self.out / "args.json", "w") as file:
             json.dump(self.lines[0], file, indent=2)
 
@@ -1113,8 +1117,11 @@ def replacing(path, mode="wb", **how):
             yield file
         if rank() == 0:
             os.replace(part, path)
-    except RuntimeError as e:                           # torch.save's, if the disk is full
-        raise DataError(f"cannot write {path}: {reason(e)}") from None
+    except RuntimeError as e:                           # torch.save's
+        raise DataError(f"cannot write {path}, is the disk full? ({reason(e)})") from None
+    finally:
+        if rank() == 0:
+            Path(part).unlink(missing_ok=True)
 
 
 def write_results(job, p, p_clean, index, zero_shot, **facts):
@@ -1251,11 +1258,16 @@ def read_model(path, script, weights, device, student=None):
         raise DataError(f"{path} is not a run's model.pt: {reason(e)}") from None
     if writer != script:
         raise DataError(f"{path} was written by {writer}.py, and this is {script}.py")
-    model, preprocess = clip.load(weights or saved["clip"], device, quick_gelu=saved["quick_gelu"])
+    try:
+        gelu = saved["quick_gelu"]
+        model, preprocess = clip.load(weights or saved["clip"], device, quick_gelu=gelu)
+        full = second_clip(student or saved.get("student"), model, gelu)
+    except clip.CLIPError as e:
+        raise DataError(f"{path} needs its CLIP, from --weights (and --student) if it lies "
+                        f"elsewhere now: {e}") from None
     if clip.fingerprint(model) != saved["sha256"]:
         raise DataError(f"the model was adapted from another CLIP: {saved['clip']}, SHA-256 of its "
                         f"weights {saved['sha256']}; give it with --weights")
-    full = second_clip(student or saved.get("student"), model, saved["quick_gelu"])
     return saved, model, full, T.Compose([to_rgb, preprocess])  # as `decode` does
 
 
@@ -1275,5 +1287,5 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")       # any path, on any terminal
     try:
         print(load(**vars(parser.parse_args())).description)
-    except (DataError, OSError) as e:
+    except (DataError, clip.CLIPError, OSError) as e:
         sys.exit(f"error: {e}")

@@ -9,19 +9,19 @@ candidates. CLIP is frozen.
     l, l_hand = tau f.t(prompt), tau f.t_hand               t: texts of the classes
     c = table[i]                                            how far each candidate is believed
     pll = pll_loss(objective, l, S, c, lam)                 PiCO has also Eq. 9         Eq. 3-8
-    align = loss_weighted(l, mixed_posterior(l, l_hand, S, alpha))   alpha: 1 -> 0      Eq. 10, 5
+    align = loss_weighted(l[0], mixed_posterior(l[0], l_hand, S, alpha))  alpha 1 -> 0  Eq. 10, 5
     loss = pll + balance(pll, align) * align                both are equally large      Eq. 11
     table[i] = confidence(objective, l, S)                  RC, PRODEN, LWS, CRDPLL     Eq. 2
 
 This is `--teacher dynamic`. How much it helps depends on objective and sets: tens of points, or
-less than nothing. The default adds logits, not losses, of several prompts: one learns from `align`
-and CC, which is the likelihood of the sets, one from CC alone and, if `pll` is another objective,
-one from that. The first two predict together; the third joins them if a fifth of the sets is then
-likelier, for prompts that learnt from the other four fifths.
+less than nothing. The default trains several prompts and adds their logits: one learns from `align`
++ CC, the likelihood of the sets, one from CC alone and, if `pll` is another objective, one from
+that. The first two predict together; the third joins them if that makes a held-out fifth of the
+sets likelier, for prompts that learnt from the rest.
 
 A views of an image, B batch, C classes, D embedding, L context words, M prompts, N images, T tokens
 of a text, W width of a word; PiCO: d its space, Q keys; S (B, C) bool candidate sets; tau =
-exp(logit_scale), f and t unit vectors, p = softmax(l). Equation numbers are ours.
+exp(logit_scale), f and t unit vectors, p = softmax(l), Eq. (1). Equation numbers are ours.
 
 Run:  python prompt_align.py                                the demo, offline; 16 seconds
       python prompt_align.py --data ./oxford_pets           OpenAI's CLIP: not measured
@@ -30,7 +30,7 @@ Run:  python prompt_align.py                                the demo, offline; 1
 Decided here (the paper's text was not at hand; "released" is its authors' code):
 - several prompts instead of Eq. (11), which `--teacher dynamic` and `handcrafted` (alpha = 1, as
   released) have. Sets that follow CLIP's own posterior (`follow_clip`) cannot correct it: there the
-  aligned prompt stays alone;
+  aligned prompt predicts alone;
 - w of Eq. (11) is at least `MIN_WEIGHT`; features are normalised (released aligned runs: not);
 - PRODEN, LWS and CRDPLL update c by the step's own logits, RC by the prompt after it; LWS starts at
   1/|S| in S, 1/(C - |S|) elsewhere (released: 1/C); CAVL takes the step's own argmax (its authors:
@@ -75,9 +75,9 @@ def loss_cc(l, S):
 
 
 def loss_weighted(l, c):
-    """Eq. (5): mean of -sum_k c_k log p_k, with their own c: RC (arXiv 2007.08929), PRODEN
-    (2002.08053), PiCO; the alignment: c = q of Eq. (10). Eq. (3), naive: c_k = 1/|S| in S, as if
-    every candidate were right. l, c (B, C)."""
+    """Eq. (5): mean of -sum_k c_k log p_k. c: the table's for RC (arXiv 2007.08929), PRODEN
+    (2002.08053), PiCO; q of Eq. (10) for the alignment; 1/|S| in S for naive, Eq. (3), as if every
+    candidate were right. l, c (B, C)."""
     return -(c * l.log_softmax(dim=1)).sum(dim=1).mean()
 
 
@@ -150,7 +150,7 @@ MIN_WEIGHT = 0.03   # the alignment stays on where the objective says nothing, a
 
 
 def balance(pll, align):
-    """Eq. (11): w = pll / align, a constant, so that both losses are equally large."""
+    """Eq. (11): w = pll / align, at least MIN_WEIGHT, a constant: both losses are equally large."""
     return (pll.detach() / align.detach().clamp(min=1e-8)).clamp(min=MIN_WEIGHT)
 
 
@@ -162,9 +162,9 @@ def helps(l, S):
 
 
 def follow_clip(p, S):
-    """Whether the candidates are CLIP's own likely mistakes: the classes that CLIP finds least
-    likely, half of them in each image, enter its set less than 3/4 as often as wrong classes do on
-    average (drawn uniformly: about as often). p, S (N, C)."""
+    """Whether the candidates are CLIP's own likely mistakes: the half of an image's classes that
+    CLIP finds least likely enters its set less than 3/4 as often as wrong classes do on average
+    (drawn uniformly: about as often). p, S (N, C)."""
     known = ~S.all(dim=1)                               # full sets say nothing
     C, p, S = S.shape[1], p[known], S[known]
     size = S.sum(dim=1).double().mean()
@@ -177,7 +177,7 @@ def follow_clip(p, S):
 class Prompts(nn.Module):
     """M prompts of L learnable context vectors, the same before each class name: [V_1] ... [V_L]
     cat. They start from random words, as large as CLIP's own; for L = 0 from the template's words
-    before the class name ("a photo of a" if there are none): near CLIP's zero-shot classifier. M
+    before the class name, as CLIP's zero-shot classifier ("a photo of a" if there are none). M
     weights make one classifier of them, t_k = sum_m weight_m t_mk: the logits add up so, too."""
     def __init__(self, clip_model, class_names, template, L, weights):
         super().__init__()
@@ -186,7 +186,7 @@ class Prompts(nn.Module):
         if L:                                           # as CoOp's
             words, rest = " ".join(["x"] * L), "."
         n = int(clip.tokenize(words)[0].argmax()) - 1                   # between <sot> and <eot>
-        tokens = clip.tokenize([f"{words} {c}{rest}" for c in class_names], truncate=True)
+        tokens = clip.tokenize([f"{words} {c}{rest}" for c in class_names])
         vectors = clip_model.token_embedding.weight.detach()            # most rows of tiny's are 0
         tokens = tokens[:, :tokens.argmax(dim=1).max() + 1].to(vectors.device)  # (C, T), T: longest
         emb = vectors[tokens]                                           # (C, T, W)
@@ -196,7 +196,7 @@ class Prompts(nn.Module):
         self.ctx = nn.Parameter(start)                                  # (M, L, W)
         self.register_buffer("emb", emb, persistent=False)              # (C, T, W)
         self.register_buffer("eot", tokens.argmax(dim=1), persistent=False)     # (C,)
-        self.register_buffer("weights", torch.tensor(weights))          # (M,)
+        self.register_buffer("weights", emb.new_tensor(weights))          # (M,)
 
     def each(self, clip_model):
         """-> t (M, C, D), unit rows, in one pass."""
@@ -229,7 +229,7 @@ class Contrast(nn.Module):
         """The batch enters queue and prototypes; z, key (B, d), y (B,)."""
         n = F.one_hot(y, len(self.prototypes)).sum(dim=0)[:, None]                  # (C, 1)
         total = torch.zeros_like(self.prototypes).index_add(0, y, z)                # (C, d)
-        mixed = m ** n * self.prototypes + (1 - m ** n) * total / n.clamp(min=1)    # n at once
+        mixed = m ** n * self.prototypes + (1 - m ** n) * total / n.clamp(min=1)    # n steps
         self.prototypes.copy_(F.normalize(mixed, dim=1))
         self.keys.copy_(torch.cat([key, self.keys])[:len(self.keys)])
         self.y_keys.copy_(torch.cat([y, self.y_keys])[:len(self.keys)])
@@ -255,18 +255,18 @@ def encode(job, view, epoch=0):
     return data.all_reduce_sum(f)
 
 
-def logits(job, texts, f):
-    """l = tau f.t, in fp32 whatever the precision of CLIP's. texts: what gives t when it is called
-    with CLIP: `Prompts`, f (..., D) -> (..., C); or their `each`, f (A, B, D) -> (M, A, B, C)."""
+def logits(job, prompts, f):
+    """l = tau f.t of each prompt, in fp32 whatever the precision of CLIP's. f (A, B, D) ->
+    (M, A, B, C)."""
     with job.autocast():
-        t = texts(job.clip_model).mT                                            # (..., D, C)
-    return job.tau * f @ (t if t.dim() == 2 else t[:, None])
+        t = prompts.each(job.clip_model)                                        # (M, C, D)
+    return job.tau * f @ t.mT[:, None]
 
 
 class Learner(nn.Module):
     """The prompts, their optimiser for so many steps, the candidate sets and their confidences
-    (N, C). weights of the prompts in the prediction: [aligned, CC's, the objective's]; the first
-    two, where CC takes the objective's place; [1] if one prompt is all."""
+    (N, C). weights, of the prompts in the prediction: [aligned, CC's, the objective's]; [aligned,
+    CC's], the objective then is CC; [1], of the only one."""
     def __init__(self, job, sets, steps, weights):
         super().__init__()
         self.objective = objective = job.args.objective if len(weights) != 2 else "cc"
@@ -277,7 +277,7 @@ class Learner(nn.Module):
         if objective == "pico":
             self.contrast = Contrast(job.clip_model.visual.output_dim, sets.shape[1])
             groups.append({"params": self.contrast.head.parameters(), "lr": 0.01})
-        self.trusts_sets = len(weights) > 1 and weights[1] > 0
+        self.trusts_sets = any(weights[1:])
         self.register_buffer("sets", sets)
         self.register_buffer("table", confidence(objective, torch.zeros(1, *sets.shape), sets))
         self.to(job.device)
@@ -288,7 +288,7 @@ class Learner(nn.Module):
 
 def pico_step(learner, epoch, progress, f, i, l, S):
     """PiCO's part of a step: moves the confidences towards the candidate of the nearest prototype,
-    then queue and prototypes; returns the loss of its head. f (A, B, D), i (B,), l (A, B, C), S."""
+    updates queue and prototypes; returns the head's loss. f (A, B, D), i (B,), l (A, B, C), S."""
     contrast, table = learner.contrast, learner.table
     z = F.normalize(contrast.head(f[0]), dim=1)                                 # (B, d)
     key = F.normalize(contrast.slow_head(f[1]), dim=1)                          # (B, d)
@@ -310,8 +310,8 @@ def train_step(job, learner, epoch, progress, f, i):
     objective, scaler, scale = learner.objective, job.scaler, job.scaler.get_scale()
     f, i = f.to(job.device), i.to(job.device)
     S, extra = learner.sets[i], 0.0                                             # (B, C)
-    each = logits(job, learner.prompts.each, f)                                 # (M, A, B, C)
-    l_align, l = each[0], each[-1]                      # the same if one prompt is all
+    l_each = logits(job, learner.prompts, f)                                    # (M, A, B, C)
+    l_align, l = l_each[0], l_each[-1]                  # the same if one prompt is all
     if objective == "pico":
         extra = pico_step(learner, epoch, progress, f, i, l, S)
     c = learner.table[i]                                                        # (B, C)
@@ -321,10 +321,10 @@ def train_step(job, learner, epoch, progress, f, i):
         alpha = 1.0 if job.args.teacher == "handcrafted" else 1 - progress
         l_hand = job.tau * f[0] @ job.t_hand.T                                  # (B, C)
         align = loss_weighted(l_align[0], mixed_posterior(l_align[0], l_hand, S, alpha))
-        w = balance(pll, align) if len(each) == 1 else 1.0
+        w = balance(pll, align) if len(l_each) == 1 else 1.0
         loss = pll + w * align
-        if learner.trusts_sets:                         # CC: the aligned prompt, CC's own
-            loss = loss + sum(loss_cc(l_m[0], S) for l_m in each[:-1])
+        if learner.trusts_sets:                         # CC for all but the last, which has pll
+            loss = loss + sum(loss_cc(l_m[0], S) for l_m in l_each[:-1])
         shown |= {"align": align.detach(), "w": w, "alpha": alpha}
     learner.optimizer.zero_grad()
     scaler.scale(loss + extra).backward()
@@ -336,7 +336,7 @@ def train_step(job, learner, epoch, progress, f, i):
 
     if objective == "rc":                               # RC asks the prompt after the step
         with torch.no_grad():
-            l = logits(job, learner.prompts.each, f)[-1]                        # (A, B, C)
+            l = logits(job, learner.prompts, f)[-1]                             # (A, B, C)
     if objective in ("rc", "proden", "lws", "crdpll"):
         learner.table[i] = confidence(objective, l, S)
     return {"loss": loss.detach(), **shown, "skipped": int(skipped)}
@@ -368,23 +368,23 @@ def train(job, passes, sets, weights, trial=False):
 
 
 def choose_weights(job, passes, sets):
-    """The weights of the prompts, see Learner: [1] Eq. 11, or no alignment; [1, 0] only the aligned
-    one counts; three if the objective's `helps` to explain a fifth of the sets (N, C), for prompts
-    that learnt from the others; else [1/2, 1/2], it and CC's."""
+    """The weights of the prompts, see Learner: [1] for Eq. 11, or no alignment; [1, 0], the aligned
+    one alone predicts; [1/3] * 3 if the objective's `helps` to explain a fifth of the sets (N, C),
+    where all three learnt from the others; else [1/2, 1/2]."""
     args, run = job.args, job.run
     if run.state:                                       # --resume has them
         return run.state["learner"]["prompts.weights"].tolist()
     elif not args.align or args.teacher != "evidence":
         return [1.0]
     elif follow_clip(posterior(job, job.f_train, job.t_hand), sets):
-        run.say("the sets follow CLIP's own posterior and cannot correct it: --objective unused")
+        run.say("the sets seem to follow CLIP's own posterior: --objective is not used")
         return [1.0, 0.0]
     elif args.objective == "cc":
         return [0.5, 0.5]
     held = torch.arange(len(sets)) % 5 == 4                                     # (N,)
     learner = train(job, [f[:, ~held] for f in passes], sets[~held], [1.0, 1.0, 1.0], trial=True)
     with torch.no_grad():
-        l = logits(job, learner.prompts.each, job.f_train[None, held].to(job.device))
+        l = logits(job, learner.prompts, job.f_train[None, held].to(job.device))
     joins = helps(l[:, 0].cpu(), sets[held])                                    # l (3, 1, n, C)
     run.say(f"{args.objective} {'helps' if joins else 'does not help'} to explain held-out sets")
     return [1 / 3] * 3 if joins else [0.5, 0.5]
@@ -401,8 +401,9 @@ def posterior(job, f, t):
 def evaluate(job, learner):
     """Logits of the training and the test images, (N, C) each, on the CPU; percent, or None:
     accuracy on the test images, likeliest candidates that are true."""
-    l_train, l_test = (logits(job, learner.prompts, f.to(job.device)).cpu()
-                       for f in (job.f_train, job.f_test))
+    with job.autocast():
+        t = learner.prompts(job.clip_model)                                     # (C, D)
+    l_train, l_test = ((job.tau * f.to(job.device) @ t.T).cpu() for f in (job.f_train, job.f_test))
     inside = l_train.masked_fill(~learner.sets.cpu(), -math.inf)                # (N, C)
     return l_train, l_test, {
         "accuracy": data.accuracy(l_test.argmax(dim=1), job.dataset.test.y_true),   # diagnostics
@@ -439,11 +440,11 @@ def read_candidates(path, images, class_names):
     go by path, or by file name if no other has it; without an entry they may be of any class."""
     C, indices = len(class_names), {}
     classes_of = cache(lambda cell: data.meant(cell, class_names))      # ImageNet: two `missile`
-    nfc = partial(unicodedata.normalize, "NFC")         # macOS writes accents as characters
+    nfc = partial(unicodedata.normalize, "NFC")         # macOS: accents are characters themselves
     for i, image in enumerate(images.names):
         indices.setdefault(os.path.basename(nfc(image)), []).append(i)
-    indices |= {nfc(image): [i] for i, image in enumerate(images.names)}    # a path says which
-    numbers = range(0 if any(map(str.isdecimal, class_names)) else C)   # a class `1`: no indices
+    indices |= {nfc(image): [i] for i, image in enumerate(images.names)}    # a path wins
+    numbers = range(0 if any(map(str.isdecimal, class_names)) else C)   # is a class `1`: none
     sets = torch.zeros(len(images), C, dtype=torch.bool)
     for where, image, cells in candidate_rows(path, classes_of):
         if not cells:
@@ -477,9 +478,9 @@ def candidate_rows(path, classes_of):
         return
     text = data.read_text(path)
     first = text.lstrip().split("\n")[0]
-    rows = csv.reader(io.StringIO(text, newline=""),
-                      delimiter=next((d for d in ",;\t|" if d in first), ","))
-    for n, (image, *cells) in enumerate(filter(None, rows)):
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=min(
+        (d for d in ",;\t|" if d in first), key=first.index, default=","))
+    for n, (image, *cells) in enumerate(filter(any, rows)):
         cells = "|".join(cells).replace(";", "|").split("|")
         cells = [cell.strip() for cell in cells if cell.strip()]
         if n or "." in image:
@@ -510,7 +511,6 @@ class Adapted(nn.Module):
         prompts = Prompts(clip_model, self.class_names, saved["templates"][0], saved["ctx"],
                           saved["models"]["weights"].tolist())
         data.fill(prompts, saved["models"])
-        prompts.to(clip_model.logit_scale.device)
         self.register_buffer("t", prompts(clip_model).detach())                 # (C, D)
 
     def forward(self, x):
@@ -541,7 +541,7 @@ def adapt(args):
 
     # the images in use; a file's candidate sets
     y_true, note = dataset.train.y_true, ""             # to make candidates, and for diagnostics
-    plain, *_ = views = data.transforms(clip_model.visual.input_resolution)
+    plain, *_ = transforms = data.transforms(clip_model.visual.input_resolution)
     if args.load:
         dataset.templates = job.saved["templates"]
     elif y_true is None and made:
@@ -549,10 +549,12 @@ def adapt(args):
                              "no --supervised")
     elif args.shots:
         dataset.train = dataset.train.subset(data.few_shot(y_true, args.shots, args.seed))
-        run.say(data.cache_pixels(dataset, views, args.cache))
+        run.say(data.cache_pixels(dataset, transforms, args.cache))
         y_true = dataset.train.y_true                                           # (N,)
     if not (made or args.load):
         sets, note = read_candidates(args.candidates, dataset.train, names)     # (N, C)
+        if run.state and not sets.equal(run.state["learner"]["sets"]):
+            raise data.DataError(f"--resume: this run was begun with other {args.candidates}")
 
     # CLIP's features and zero-shot posteriors; sets made from them or from the labels alone
     job.tau = clip_model.logit_scale.exp()
@@ -600,8 +602,8 @@ def parse(argv=None):
     add("--objective", choices=OBJECTIVES, default="cc", help="Eq. 3-9 (%(default)s)")
     add("--align", default=True, action=switch, help="Eq. 10; without: the objective alone")
     add("--teacher", choices=["evidence", "dynamic", "handcrafted"], default="evidence",
-        help="%(default)s: logits of several prompts, added; the others: one prompt, Eq. 11, with "
-        "alpha falling or 1")
+        help="%(default)s: logits of several prompts, added; one prompt, Eq. 11: dynamic (alpha "
+        "falls), handcrafted (alpha = 1)")
     add("--candidates", default="uniform", metavar="uniform|instance|FILE", help="made from the "
         "labels, all wrong ones alike or those CLIP finds likely; or your CSV or JSON")
     add("--q", type=float, default=0.5, help="chance of a wrong label to be in a set (%(default)s)")
