@@ -417,7 +417,8 @@ def torchvision_set(known, parent, **how):
     try:
         return getattr(torchvision.datasets, known.kind)(parent, **how)
     except Exception as e:                              # each class raises its own
-        why = "it needs scipy: pip install scipy" if "scipy" in str(e) else reason(e)
+        why = "it needs scipy: pip install scipy" if "scipy" in str(e) else (
+            reason(e).split(". You can use download")[0])        # a flag of torchvision's
         raise DataError(f"torchvision's {known.kind} in {parent}: {why}. {EXPECTED}") from None
 
 
