@@ -23,7 +23,7 @@ A views of an image, B batch, C classes, D embedding, L context words, M prompts
 of a text, W width of a word; PiCO: d its space, Q keys; S (B, C) bool candidate sets; tau =
 exp(logit_scale), f and t unit vectors, p = softmax(l), Eq. (1). Equation numbers are ours.
 
-Run:  python prompt_align.py                                the demo, offline; 16 seconds
+Run:  python prompt_align.py                                the demo, offline; 16 to 25 seconds
       python prompt_align.py --data ./oxford_pets           OpenAI's CLIP: not measured
       python prompt_align.py --data ./photos --classes cat,dog --candidates sets.csv
 
@@ -196,7 +196,7 @@ class Prompts(nn.Module):
         self.ctx = nn.Parameter(start)                                  # (M, L, W)
         self.register_buffer("emb", emb, persistent=False)              # (C, T, W)
         self.register_buffer("eot", tokens.argmax(dim=1), persistent=False)     # (C,)
-        self.register_buffer("weights", emb.new_tensor(weights))          # (M,)
+        self.register_buffer("weights", emb.new_tensor(weights))         # (M,)
 
     def each(self, clip_model):
         """-> t (M, C, D), unit rows, in one pass."""
