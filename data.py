@@ -463,7 +463,8 @@ def read_folders(root, known, classes, split):
         part, tested, test = max(((d, *class_folders(root, d, known)) for d in parts[1:]),
                                  key=lambda found: bool(found[1]))      # rather a labelled one
         names = seen or tested or classes or []
-        by_name_of(tested, names, [test], f"{part}/ has class folders that {parts[0]}/ lacks")
+        if tested != names:                             # slow for 20,000 classes
+            by_name_of(tested, names, [test], f"{part}/ has class folders that {parts[0]}/ lacks")
         return f"{parts[0]}/{'' if seen else ', no labels'} + {part}/", names, train, test
     names, images = class_folders(root, base, known)
     if names in [[d] for d in SPLITS]:                  # alone: its own folders are the classes
