@@ -16,7 +16,7 @@ and a whole image encoder learns from the rest. `--recipe paper` is this, as pub
         loss = loss_cls(W v + b, y), a fresh encoder and W, b learn                     Eq. 7
     prediction = mean of the two students' softmax                                      our choice
 
-`--recipe ours`, the default, adds the entries of the table ADDITIONS, marked (A1) ... Most is
+`--recipe ours`, the default, has other SETTINGS and adds the table ADDITIONS, (A1) ... Most is
 won by three: labels are means over many random views of an image (A1), balanced over the classes
 (A2); predictions are means over five crops of it (A6). (A8), (A9), (A11): coft_plus.py.
 
@@ -29,8 +29,8 @@ Run:  python coft.py                                    the demo, offline; 1 to 
       python coft.py --data ./photos --classes cat,dog  a folder of unlabelled photos
 
 The paper does not say, so decided here:
-  settings  the table SETTINGS (OpenAI's models: arXiv 2602.04340, by the same authors, and DeFT's
-            code; tiny: chosen on drawn styles), lam 1, batches of 64
+  settings  the table SETTINGS (OpenAI's models: the paper's of arXiv 2602.04340, UPL and DeFT's
+            code, ours untried; tiny: chosen on drawn styles), lam 1, batches of 64
   data      an epoch is N / B steps, however small the set it draws from; training images are random
             crops; a class that is nobody's guess takes its likeliest images
   start     CoOp's templates, in V+ and V- too (ctx > 0: random words as large as CLIP's); W at t0;

@@ -21,8 +21,8 @@ Run:  python coft_plus.py                               the demo, offline; READM
 differently (A8); but one round and gamma 0: on its labels more rounds and the contrast as published
 won nothing (.ci/results.md). In their place (A9): an image encoder that is being adapted gathers
 the images of a class, whatever some of their labels say. So after phase 1, and again after a third
-of phase 2, each class gets a Gaussian in the features, and a label is the class with the largest
-density times the model's posterior; the peer's Gaussians, not its V-, call it clean. Likelihood
+of phase 2, each class gets a Gaussian in the features; its density times the model's posterior
+joins the labels' running mean, and the peer's Gaussians, not its V-, call them clean. Likelihood
 decides whether classes are held to equal sizes (A2): if that costs little after phase 1, Gaussians
 label after each epoch of phase 2's first third, else only at its end; if it costs much then, (A2)
 stops. Later epochs add the models' own posteriors to the labels' running mean, and in the end the

@@ -691,8 +691,8 @@ def check_classes(names):
 
 
 def by_name_of(names, wanted, parts, says):
-    """The wanted classes, in which the labels of the images then count, so far in names. DataError,
-    which says so, if one of the names means none of them."""
+    """Returns `wanted`; the parts' labels, which count in `names`, then count in it. DataError, with
+    `says`, if one of the names means none of them."""
     found = [meant(name, wanted) for name in names]
     if others := [name for name, some in zip(names, found) if not some]:
         raise DataError(f"{says}: {', '.join(others[:20])}")
@@ -722,7 +722,7 @@ def add_common(parser, script, batch_size, what="images per step, of all process
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
         help="mixed precision (%(default)s: bf16 or fp16 on CUDA, off elsewhere)")
     add("--batch-size", type=int, default=batch_size, help=f"{what} (%(default)s)")
-    add("--workers", type=int, help="loader processes; default: up to 4, 0 for images in "
+    add("--workers", type=int, help="per loader (two train); default: up to 4, 0 for images in "
         "memory and where they cannot share them (macOS, Windows, containers: /dev/shm < 1 GB)")
     add("--cache", type=float, default=4, metavar="GB", help="memory for pixels (%(default)s)")
     add("--flip", help="mirror half of the views; default: if CLIP minds less than crops", **switch)
@@ -757,7 +757,7 @@ def recipe(text, additions):
 
 def setup(args, settings={}):
     """What a run works with: .args, .device, .dataset, .C (classes), .clip_model (frozen), .full
-    (the CLIP that phase 2 tunes), .clip_name, .run, .saved (what --load read), .amp_dtype (None:
+    (--student's CLIP, or the same), .clip_name, .run, .saved (what --load read), .amp_dtype (None:
     full precision), .load (`DeviceLoader` with this run's settings), and loaders of the plain
     images: .train, .test. settings: {flag not given: (of CLIPs with D < 512, of larger ones)}."""
     device, saved = pick_device(args.device), None

@@ -240,7 +240,7 @@ class Contrast(nn.Module):
 # ======== training ========
 
 OBJECTIVES = ("naive", "cc", "rc", "proden", "lws", "cavl", "crdpll", "pico")
-SETTINGS = {    # where no flag says otherwise: (tiny: few words, a short tower; CoOp's, 2109.01134)
+SETTINGS = {    # where no flag says otherwise: (tiny: few words, a short tower; as released)
     "ctx": (0, 16), "lr": (0.1, 2e-3), "epochs": (20, 100), "shots": (0, 16)}
 
 

@@ -131,7 +131,7 @@ def zeroshot_classifier(model, texts):
 
 
 def to_rgb(image):
-    """Of 16 bits, or a microscope's 12, the upper eight: Pillow's own makes all above 255 white."""
+    """RGB; of 16 bits, or a microscope's 12, the upper eight: Pillow's own clips above 255."""
     if image.mode[0] == "I":
         image = image.convert("I")  # I;16B, which ImageJ writes, has no point
         scale = 2**8 if image.getextrema()[1] >= 2**12 else 2**4

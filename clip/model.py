@@ -390,7 +390,7 @@ def build_model(state_dict, quick_gelu=True, vision_heads=None, transformer_head
             layers = count("visual.transformer.resblocks.")
             side = math.isqrt(weights["visual.positional_embedding"].shape[0] - 1) * patch
             if width == 1280 and vision_heads is None:
-                vision_heads = 16  # ViT-H/14, the one common ViT whose heads are not 64 wide
+                vision_heads = 16  # ViT-H/14, whose heads are 80 wide, not 64
         else:
             layers = tuple(count(f"visual.layer{i}.") for i in (1, 2, 3, 4))
             width = weights["visual.layer1.0.conv1.weight"].shape[0]
