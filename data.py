@@ -691,8 +691,8 @@ def check_classes(names):
 
 
 def by_name_of(names, wanted, parts, says):
-    """Returns `wanted`; the parts' labels, which count in `names`, then count in it. DataError, with
-    `says`, if one of the names means none of them."""
+    """Returns `wanted`; the parts' labels, which count in `names`, then count in it. DataError,
+    with `says`, if one of the names means none of them."""
     found = [meant(name, wanted) for name in names]
     if others := [name for name, some in zip(names, found) if not some]:
         raise DataError(f"{says}: {', '.join(others[:20])}")
