@@ -212,7 +212,7 @@ class Prompts(nn.Module):
 
 class Adapter(nn.Module):
     """Bottleneck beside the MLP of one block (or after one ResNet stage), as clip/model.py asks;
-    starts at 0."""
+    starts at 0. Dropout in it: F.dropout(h, p, self.training and torch.is_grad_enabled())."""
     def __init__(self, width, rank):
         super().__init__()
         self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
@@ -247,7 +247,7 @@ class Student(nn.Module):
 
     def param_groups(self, lr1, lr2):
         """(A4) What learns, and how fast."""
-        light = self.prompts if self.adapters is None else self.adapters.parameters()
+        light = [v for k, v in self.named_parameters() if not k.startswith("texts.")]
         word = lr1 * float(self.texts.pos.detach().std()) / WORD_STD
         return [{"params": light, "lr": lr1}, {"params": self.texts.pos, "lr": word},
                 {"params": self.texts.neg, "lr": 10 * word}]
@@ -256,7 +256,8 @@ class Student(nn.Module):
 class FullModel(nn.Module):
     """Section 3.2.2, Eq. (7): one of the two models of phase 2, a fresh image encoder and an FC
     layer W v + b on its unnormalised features v. W starts at W0 (C, D), the zero-shot texts, (A10)
-    times clip_scale; b at 0. The student of phase 1, frozen, gives p_clean of new images."""
+    times clip_scale; b at 0: for (A5) every copy starts the same. The student of phase 1, frozen,
+    gives p_clean of new images."""
     def __init__(self, clip_model, W0, student):
         super().__init__()
         self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
@@ -273,7 +274,8 @@ class FullModel(nn.Module):
 
     def param_groups(self, lr1, lr2):
         """(A4) What learns, and how fast."""
-        return [{"params": self.fc.parameters(), "lr": lr1},
+        fc = [v for k, v in self.named_parameters() if not k.startswith(("visual.", "judge."))]
+        return [{"params": fc, "lr": lr1},
                 {"params": self.visual.parameters(), "lr": lr2, "weight_decay": 0.01}]
 
 
@@ -289,15 +291,14 @@ def guess(job, table):
 
 def select_clean(p, table):
     """Section 3.2.2: the labels y (2, N) that each student gives all images, by p (2, N, H), and
-    which of them are clean (2, N) bool: those that the peer lets pass, p_clean_y > 1/2."""
+    which are clean, (2, N) bool or weights: those that the peer lets pass, p_clean_y > 1/2."""
     y = labels_of(p, table.index)                                               # (2, N)
     return y, at(table.p_clean.flip(0), table.index.flip(0), y) > 0.5
 
 
 def total_loss(job, number, l_pos, l_neg, target):
     """Phase 1: Eq. (4) + lam Eq. (6); then: Eq. (7). The mean over the clean images, 0 if there are
-    none. l (B, C), l_neg None after phase 1; target: y, clean, y_bar, (B,). (A5) reads phase 2's
-    value as a mean -log p_y: with any other kind of loss use `--recipe ours-part`."""
+    none. l (B, C), l_neg None after phase 1; target: y, clean, y_bar, (B,)."""
     y, clean, y_bar = target
     loss = loss_cls(l_pos, y)                                                   # (B,)
     if number == 1:
@@ -330,7 +331,7 @@ def start_phase(job, number, students, steps):
 def train_step(job, phase, batches, y, clean):
     """One step of both students, each on its own batch (x, i). y, clean (2, N): see train_phase.
     Returns what the log shows."""
-    scale, losses = job.scaler.get_scale(), []
+    scale, losses, nlls = job.scaler.get_scale(), [], []
     phase.optimizer.zero_grad()
     for m, (x, i) in enumerate(batches):                                        # x (B, 3, R, R)
         i = data.gather(i)                              # of all processes
@@ -338,15 +339,18 @@ def train_step(job, phase, batches, y, clean):
         target = [v.to(job.device) for v in (y[m, i], clean[m, i], y_bar)]
         with job.autocast():
             _, *l = phase.forward[m](job.clip_model, x)                         # l+, l- (B, C)
-        loss = total_loss(job, phase.number, *map(data.gather, l), target)
+        l = [data.gather(v) for v in l]
+        loss = total_loss(job, phase.number, *l, target)
         job.scaler.scale(data.world_size() * loss).backward()       # DDP takes the mean
         losses.append(loss.detach())
+        nll = loss_cls(l[0].detach(), target[0]) * target[1]            # (A5) whatever the loss
+        nlls.append(nll.sum() / target[1].sum().clamp(min=1))
     job.scaler.step(phase.optimizer)                    # left out if fp16 overflowed,
     job.scaler.update()                                 # which lowers the scale
     skipped = job.scaler.get_scale() < scale
     if not skipped:
         phase.schedule.step()
-    return {"loss": sum(losses) / 2, "skipped": int(skipped)}
+    return {"loss": sum(losses) / 2, "nll": sum(nlls) / 2, "skipped": int(skipped)}
 
 
 @torch.no_grad()
@@ -377,7 +381,7 @@ def crops_tell(job, model):
 
 
 @torch.no_grad()
-def part_way(job, models, steps, loss, power=2):
+def part_way(job, models, steps, nll, power=2):
     """(A5) Every weight of the models of phase 2 becomes start + far (learnt - start) (WiSE-FT,
     arXiv 2109.01903), as in small folders wrong labels are learnt by heart. far, which is returned,
     is the product of steps / WHOLE and (N / C - FEW) / 2, each from 0 to 1. At most (2 p)^power, p
@@ -385,7 +389,7 @@ def part_way(job, models, steps, loss, power=2):
     learnt, they only pull. At least K / (K + 1) with K true labels a class."""
     each, K = len(job.dataset.train) / job.C, len(job.known) / job.C
     enough = min(1.0, max(0.0, (each - FEW) / 2))
-    learnt = (2 * math.exp(-loss)) ** power             # loss: mean of -log p_y
+    learnt = (2 * math.exp(-nll)) ** power              # nll: mean of -log p_y
     far = max(min(enough * min(1.0, steps / WHOLE), learnt), K / (K + 1))
     for me in models:
         for v, v0 in zip(me.parameters(), FullModel(job.full, job.W0, me.judge).parameters()):
@@ -418,7 +422,7 @@ def train_phase(job, number, students, weak, lesson, table):
     for epoch in range(first, epochs):
         if number > 1 and (epoch == 0 or number == 2 and "fresh" in job.added):     # (A3)
             y, clean = select_clean(guess(job, table), table)
-            lesson = y, clean | (number == 3)           # (A7) phase 1's judges know less by now
+            lesson = y, clean if number < 3 else clean >= 0     # (A7) phase 1's judges know less
         y, clean = lesson                                                       # (2, N) each
         if args.shots:                                  # section 4.4: their true labels
             y[:, job.known], clean[:, job.known] = images.y_true[job.known], True
@@ -445,9 +449,9 @@ def train_phase(job, number, students, weak, lesson, table):
         run.checkpoint(parts, phase=number, epoch=epoch + 1, table=tuple(table), lesson=lesson)
     if number > 1:
         far = 1.0
-        if "part" in job.added:                         # (A5); phase 3's labels are trusted: loss 0
-            loss = run.lines[-1]["loss"] if number == 2 else 0.0
-            far = part_way(job, phase.students, steps, loss)
+        if "part" in job.added:                         # (A5); phase 3's labels are trusted: 0
+            nll = run.lines[-1]["nll"] if number == 2 else 0.0
+            far = part_way(job, phase.students, steps, nll)
         if "crops" in job.added:                        # (A6) 1 by crops_tell, or A5's far
             job.crops = max(job.crops, far)
     return table, phase.students
@@ -518,9 +522,9 @@ def diagnostics(table, lesson, y_true):
     y, clean = lesson                                                   # (2, N) each
     facts = {"kept": clean.double().mean()}
     if y_true is not None:                                              # diagnostics only
-        right, labels = y == y_true, labels_of(table.p, table.index)    # (2, N) each
+        right, labels = (y == y_true).double(), labels_of(table.p, table.index)     # (2, N) each
         wrong = labels[0] != y_true                                     # (N,)
-        facts |= {"precision": right[clean].double().mean(), "unfiltered": right.double().mean(),
+        facts |= {"precision": (right * clean).sum() / clean.sum(), "unfiltered": right.mean(),
                   "shared_errors": (labels[0] == labels[1])[wrong].double().mean()}
         for key, v in ("auroc", table.p_clean), ("auroc_softmax", table.p):
             given = at(v.flip(0), table.index.flip(0), labels)          # (2, N)

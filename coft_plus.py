@@ -226,7 +226,7 @@ class Prompts(nn.Module):
 
 class Adapter(nn.Module):
     """Bottleneck beside the MLP of one block (or after one ResNet stage), as clip/model.py asks;
-    starts at 0."""
+    starts at 0. Dropout in it: F.dropout(h, p, self.training and torch.is_grad_enabled())."""
     def __init__(self, width, rank):
         super().__init__()
         self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
@@ -280,7 +280,7 @@ class Student(nn.Module):
 
     def param_groups(self, lr1, lr2):
         """(A4) What learns, and how fast."""
-        light = self.prompts if self.adapters is None else self.adapters.parameters()
+        light = [v for k, v in self.named_parameters() if not k.startswith("texts.")]
         word = lr1 * float(self.texts.pos.detach().std()) / WORD_STD
         return [{"params": light, "lr": lr1}, {"params": self.texts.pos, "lr": word},
                 {"params": self.texts.neg, "lr": 10 * word}]
@@ -289,7 +289,8 @@ class Student(nn.Module):
 class FullModel(nn.Module):
     """Section 3.2.2, Eq. (7): one of the two models of phase 2, a fresh image encoder and an FC
     layer W v + b on its unnormalised features v. W starts at W0 (C, D), the zero-shot texts, (A10)
-    times clip_scale; b at 0. The student of phase 1, frozen, gives p_clean of new images."""
+    times clip_scale; b at 0: for (A5) every copy starts the same. The student of phase 1, frozen,
+    gives p_clean of new images."""
     def __init__(self, clip_model, W0, student):
         super().__init__()
         self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
@@ -308,7 +309,8 @@ class FullModel(nn.Module):
 
     def param_groups(self, lr1, lr2):
         """(A4) What learns, and how fast."""
-        return [{"params": self.fc.parameters(), "lr": lr1},
+        fc = [v for k, v in self.named_parameters() if not k.startswith(("visual.", "judge."))]
+        return [{"params": fc, "lr": lr1},
                 {"params": self.visual.parameters(), "lr": lr2, "weight_decay": 0.01}]
 
 
@@ -331,15 +333,14 @@ def next_labels(job, table):
 
 def select_clean(p, table):
     """Section 3.2.2: the labels y (2, N) that each student gives all images, by p (2, N, H), and
-    which of them are clean (2, N) bool: those that the peer lets pass, p_clean_y > 1/2."""
+    which are clean, (2, N) bool or weights: those that the peer lets pass, p_clean_y > 1/2."""
     y = labels_of(p, table.index)                                               # (2, N)
     return y, at(table.p_clean.flip(0), table.index.flip(0), y) > 0.5
 
 
 def total_loss(job, number, l_pos, l_neg, target):
     """Phase 1: Eq. (4) + lam Eq. (6); then: Eq. (7). The mean over the clean images, 0 if there are
-    none. l (B, C), l_neg None after phase 1; target: y, clean, y_bar, (B,). (A5) reads phase 2's
-    value as a mean -log p_y: with any other kind of loss use `--recipe ours-part`."""
+    none. l (B, C), l_neg None after phase 1; target: y, clean, y_bar, (B,)."""
     y, clean, y_bar = target
     loss = loss_cls(l_pos, y)                                                   # (B,)
     if number == 1:
@@ -375,7 +376,7 @@ def start_phase(job, number, students, steps):
 def train_step(job, phase, batches, y, clean):
     """One step of both students, each on its own batch (x, x_key, i) or (x, i). y, clean (2, N):
     see train_phase. Returns what the log shows."""
-    scale, losses, contrasts = job.scaler.get_scale(), [], []
+    scale, losses, nlls, contrasts = job.scaler.get_scale(), [], [], []
     phase.optimizer.zero_grad()
     for m, (x, *x_key, i) in enumerate(batches):                                # x (B, 3, R, R)
         i = data.gather(i)                              # of all processes
@@ -383,8 +384,11 @@ def train_step(job, phase, batches, y, clean):
         target = [v.to(job.device) for v in (y[m, i], clean[m, i], y_bar)]
         with job.autocast():
             v, *l = phase.forward[m](job.clip_model, x)                 # (B, D); l+, l- (B, C)
-        loss = total_loss(job, phase.number, *map(data.gather, l), target)
-        losses.append(loss.detach())                    # of the labels alone, which (A5) asks
+        l = [data.gather(v) for v in l]
+        loss = total_loss(job, phase.number, *l, target)
+        losses.append(loss.detach())                    # of the labels alone
+        nll = loss_cls(l[0].detach(), target[0]) * target[1]            # (A5) whatever the loss
+        nlls.append(nll.sum() / target[1].sum().clamp(min=1))
         if phase.keys:                                  # Eq. 8-10; keys have no gradient
             keys = phase.keys[m]
             with torch.no_grad(), job.autocast():
@@ -404,7 +408,7 @@ def train_step(job, phase, batches, y, clean):
         for keys, student in zip(phase.keys, phase.students):
             keys.follow(student.visual, min(0.99, n / (n + 9)))
     contrast = {"contrast": sum(contrasts) / 2} if phase.keys else {}
-    return {"loss": sum(losses) / 2, **contrast, "skipped": int(skipped)}
+    return {"loss": sum(losses) / 2, "nll": sum(nlls) / 2, **contrast, "skipped": int(skipped)}
 
 
 @torch.no_grad()
@@ -419,7 +423,7 @@ def clip_scale(job):
 
 
 @torch.no_grad()
-def part_way(job, models, steps, loss, power=2):
+def part_way(job, models, steps, nll, power=2):
     """(A5) Every weight of the models of phase 2 becomes start + far (learnt - start) (WiSE-FT,
     arXiv 2109.01903), as in small folders wrong labels are learnt by heart. far, which is returned,
     is the product of steps / WHOLE and (N / C - FEW) / 2, each from 0 to 1. At most (2 p)^power, p
@@ -427,7 +431,7 @@ def part_way(job, models, steps, loss, power=2):
     learnt, they only pull. At least K / (K + 1) with K true labels a class."""
     each, K = len(job.dataset.train) / job.C, len(job.known) / job.C
     enough = min(1.0, max(0.0, (each - FEW) / 2))
-    learnt = (2 * math.exp(-loss)) ** power             # loss: mean of -log p_y
+    learnt = (2 * math.exp(-nll)) ** power              # nll: mean of -log p_y
     far = max(min(enough * min(1.0, steps / WHOLE), learnt), K / (K + 1))
     for me in models:
         for v, v0 in zip(me.parameters(), FullModel(job.full, job.W0, me.judge).parameters()):
@@ -467,12 +471,12 @@ def train_phase(job, number, round, students, weak, lesson, table):
     for epoch in range(first, epochs):
         if number > 1 and (epoch == 0 or number == 2 and "fresh" in job.added):     # (A3)
             y, clean = select_clean(guess(job, table), table)
-            lesson = y, clean | (number == 3)           # (A7) phase 1's judges know less by now
+            lesson = y, clean if number < 3 else clean >= 0     # (A7) phase 1's judges know less
         y, clean = lesson                                                       # (2, N) each
         if args.shots:                                  # section 4.4: their true labels
             y[:, job.known], clean[:, job.known] = images.y_true[job.known], True
         for loader, mine in zip(loaders, clean):        # batches of clean images, or for Eq. 8 all
-            among = (mine | bool(phase.keys)).nonzero()[:, 0].tolist()
+            among = ((mine > 0) | bool(phase.keys)).nonzero()[:, 0].tolist()
             if args.shots:                              # or the labelled drown among them
                 part = 1 / 2 if number == 1 else min(1 / 2, args.shots ** 0.5 / 16)    # of a batch
                 more = int(len(among) * part / (1 - part) / len(job.known))     # copies of each
@@ -500,10 +504,10 @@ def train_phase(job, number, round, students, weak, lesson, table):
                        lesson=lesson, added=sorted(job.added), asked=asked)
     if number > 1:
         far = 1.0
-        if "part" in job.added:                         # (A5); phase 3's labels are trusted: loss 0
+        if "part" in job.added:                         # (A5); phase 3's labels are trusted: 0
             power = 4 if {"head", "crops"} <= job.added else 2      # (A11) makes up for the rest
-            loss = run.lines[-1]["loss"] if number == 2 else 0.0
-            far = part_way(job, phase.students, steps, loss, power)
+            nll = run.lines[-1]["nll"] if number == 2 else 0.0
+            far = part_way(job, phase.students, steps, nll, power)
         job.crops = far * ("crops" in job.added)        # (A6) as far as they have left CLIP
         if job.crops and "head" in job.added and len(images) > FEW * job.C:    # (A11) not of fewer
             fit_head(job, phase.students, table.index)
@@ -690,9 +694,9 @@ def diagnostics(table, lesson, y_true):
     y, clean = lesson                                                   # (2, N) each
     facts = {"kept": clean.double().mean()}
     if y_true is not None:                                              # diagnostics only
-        right, labels = y == y_true, labels_of(table.p, table.index)    # (2, N) each
+        right, labels = (y == y_true).double(), labels_of(table.p, table.index)     # (2, N) each
         wrong = labels[0] != y_true                                     # (N,)
-        facts |= {"precision": right[clean].double().mean(), "unfiltered": right.double().mean(),
+        facts |= {"precision": (right * clean).sum() / clean.sum(), "unfiltered": right.mean(),
                   "shared_errors": (labels[0] == labels[1])[wrong].double().mean()}
         for key, v in ("auroc", table.p_clean), ("auroc_softmax", table.p):
             given = at(v.flip(0), table.index.flip(0), labels)          # (2, N)

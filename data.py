@@ -1157,8 +1157,8 @@ def pseudo_label_sheet(path, images, class_names, y, clean, score):
     sheet = Image.new("RGB", (120 + 16 * cell, 18 + min(len(class_names), 40) * cell), "white")
     pen = ImageDraw.Draw(sheet)
     for x0, title, chosen, order in (
-            (110, "called clean, cleanest first", clean, score.argsort(descending=True)),
-            (120 + 8 * cell, "called wrong, worst first", ~clean, score.argsort())):
+            (110, "called clean, cleanest first", clean > 0.5, score.argsort(descending=True)),
+            (120 + 8 * cell, "called wrong, worst first", clean <= 0.5, score.argsort())):
         pen.text((x0, 3), title, "black")
         for k, name in enumerate(class_names[:40]):
             letters = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()

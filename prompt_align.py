@@ -337,7 +337,7 @@ def train_step(job, learner, epoch, progress, f, i):
     if objective == "rc":                               # RC asks the prompt after the step
         with torch.no_grad():
             l = logits(job, learner.prompts, f)[-1]                             # (A, B, C)
-    if objective in ("rc", "proden", "lws", "crdpll"):
+    if objective not in ("naive", "pico"):              # CC and CAVL do not read it
         learner.table[i] = confidence(objective, l, S)
     return {"loss": loss.detach(), **shown, "skipped": int(skipped)}
 

@@ -871,8 +871,7 @@ def test_loader(tmp_path):
         assert len(loader) == len(sizes)                # at least one batch
 
 
-# only forked processes share the cache
-@pytest.mark.parametrize("workers", [0, 2] if sys.platform == "linux" else [0])
+@pytest.mark.parametrize("workers", [0, 2] if sys.platform == "linux" else [0])   # forked: shared
 def test_cached_pixels(tmp_path, monkeypatch, workers):
     root, log, decode = tmp_path / "set", tmp_path / "log", data.decode
     for k, size in enumerate([(300, 100), (300, 200), (20, 15), (200, 3), (40, 64), (1, 1)]):
@@ -1051,13 +1050,13 @@ def test_crops_tell():                                  # (A6)
 
 def test_eq_4_6_losses():
     l_pos, l_neg = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
-    y, y_bar = torch.tensor([0, 3, 1, 2, 2]), torch.tensor([1, 0, 0, 3, 1])
+    y, y_bar, clean = torch.tensor([[0, 3, 1, 2, 2], [1, 0, 0, 3, 1], [1, 0, 1, 1, 0]])
     b, p_clean = range(5), torch.sigmoid(l_pos - l_neg)
     cls = -l_pos.softmax(dim=1)[b, y].log()
     neg = -p_clean[b, y].log() - (1 - p_clean[b, y_bar]).log()
     torch.testing.assert_close(coft.loss_cls(l_pos, y), cls)
     torch.testing.assert_close(coft.loss_neg(l_pos, l_neg, y, y_bar), neg)
-    job, clean = SimpleNamespace(args=SimpleNamespace(lam=0.3)), torch.tensor([1, 0, 1, 1, 0]) > 0
+    job = SimpleNamespace(args=SimpleNamespace(lam=0.3), added=set())
     for number, each in (1, cls + 0.3 * neg), (2, cls), (3, cls):
         loss = partial(coft.total_loss, job, number, l_pos, l_neg)
         torch.testing.assert_close(loss((y, clean, y_bar)), each[[0, 2, 3]].mean())
@@ -1246,7 +1245,7 @@ def test_gradients(frozen):
     x, y, y_bar = golden_images(6, 32), torch.arange(6), torch.arange(1, 7)
     all_, none = torch.ones(6, dtype=torch.bool), torch.zeros(6, dtype=torch.bool)
     def loss(phase, clean, lam):
-        job = SimpleNamespace(clip_model=frozen, args=SimpleNamespace(lam=lam))
+        job = SimpleNamespace(args=SimpleNamespace(lam=lam), added=set())
         return coft.total_loss(job, phase, *student(frozen, x)[1:], (y, clean, y_bar))
     student = student_of(frozen, shapes.SHAPES)
     assert gradients(frozen, student, loss(1, all_, 0.0)) == {"pos", "prompts"}
@@ -1748,13 +1747,14 @@ def test_contrast_in_phase_2(frozen, monkeypatch):      # Eq. (8)-(10)
     monkeypatch.setattr(coft_plus, "total_loss", lambda *a: 0 * plain(*a))  # the contrast, alone
     monkeypatch.setattr(coft_plus, "info_nce", lambda *a: sent.append(a) or nce(*a))
     x, x_key, i = torch.randn(4, 3, 32, 32), torch.randn(4, 3, 32, 32), torch.arange(4)
-    y, clean = torch.zeros(2, 8, dtype=torch.long), torch.zeros(2, 8, dtype=torch.bool)
+    y, before = torch.zeros(2, 8, dtype=torch.long), phase.keys[0].queue.clone()
+    nll = F.cross_entropy(frozen.encode_image(x) @ job.W0.T, y[0, i])
     with torch.no_grad():
         q, k = (F.normalize(frozen.encode_image(v), dim=-1) for v in (x, x_key))
-    before = phase.keys[0].queue.clone()
-    found = coft_plus.train_step(job, phase, [(x, x_key, i)] * 2, y, clean)
+    found = coft_plus.train_step(job, phase, [(x, x_key, i)] * 2, y, y == 0)
     want = sum(float(nce(*a).detach()) for a in sent) / 2
-    assert found["loss"] == 0 and float(found["contrast"]) == pytest.approx(0.5 * want)     # gamma
+    assert [float(found[key]) for key in ("loss", "nll", "contrast")] == pytest.approx(
+        [0, float(nll.detach()), 0.5 * want])           # (A5) whatever the loss; gamma
     torch.testing.assert_close(sent[0][:2], (q, k))
     assert torch.equal(sent[0][2], before) and torch.equal(phase.keys[0].queue[-4:], sent[0][1])
     assert phase.students[0].visual.proj.grad.any() and not sent[0][1].requires_grad
@@ -2581,7 +2581,7 @@ def test_odd_data(little, drawn, tmp_path, monkeypatch, capsys):
     written(tmp_path / "sets.csv", "000.png,star")
     stops(capsys, "begun with other", tmp_path / "pico", *flags, "--resume", script=pa)
     select = coft.select_clean
-    monkeypatch.setattr(coft, "select_clean", lambda *a: (select(*a)[0], select(*a)[1] & False))
+    monkeypatch.setattr(coft, "select_clean", lambda *a: (select(*a)[0], 0.0 * select(*a)[1]))
     lines, *_ = run(tmp_path / "none", "--max-steps", 1)            # nothing is called clean
     assert [line["kept"] for line in lines if line.get("phase") == 2] == [0]
 
