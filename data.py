@@ -332,7 +332,7 @@ class Known(NamedTuple):
     rename: dict = {}           # class folder -> class name; None: not a class
     kind: str = ""              # torchvision's class, which downloads
     parts: tuple = ({"split": "train"}, {"split": "test"})      # and reads, with these arguments
-    keeps: str = "_image_files"         # its files (beside _labels); or _samples; "data" (and .targets)
+    keeps: str = "_image_files"         # files (beside _labels); _samples; "data" (and .targets)
     clean: Callable = str       # its class name -> CoOp's
 
 
