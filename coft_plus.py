@@ -375,7 +375,7 @@ def start_phase(job, number, students, steps):
 
 def train_step(job, phase, batches, y, clean):
     """One step of both students, each on its own batch (x, x_key, i) or (x, i). y, clean (2, N):
-    see train_phase. Returns what the log shows."""
+    see train_phase. Returns what the log shows; nll: the mean -log p_y of the clean images."""
     scale, losses, nlls, contrasts = job.scaler.get_scale(), [], [], []
     phase.optimizer.zero_grad()
     for m, (x, *x_key, i) in enumerate(batches):                                # x (B, 3, R, R)
