@@ -29,8 +29,8 @@ Run:  python coft.py                                    the demo, offline; 1 to 
       python coft.py --data ./photos --classes cat,dog  a folder of unlabelled photos
 
 The paper does not say, so decided here:
-  settings  the table SETTINGS (OpenAI's models: the paper's of arXiv 2602.04340, UPL and DeFT's
-            code, ours untried; tiny: chosen on drawn styles), lam 1, batches of 64
+  settings  the table SETTINGS (OpenAI's models: `paper` from arXiv 2602.04340, UPL and DeFT's
+            code, `ours` untried; tiny: chosen on drawn styles), lam 1, batches of 64
   data      an epoch is N / B steps, however small the set it draws from; training images are random
             crops; a class that is nobody's guess takes its likeliest images
   start     CoOp's templates, in V+ and V- too (ctx > 0: random words as large as CLIP's); W at t0;
@@ -256,8 +256,8 @@ class Student(nn.Module):
 class FullModel(nn.Module):
     """Section 3.2.2, Eq. (7): one of the two models of phase 2, a fresh image encoder and an FC
     layer W v + b on its unnormalised features v. W starts at W0 (C, D), the zero-shot texts, (A10)
-    times clip_scale; b at 0: for (A5) every copy starts the same. The student of phase 1, frozen,
-    gives p_clean of new images."""
+    times clip_scale; b at 0: (A5) needs every copy to start alike. The student of phase 1,
+    frozen, gives p_clean of new images."""
     def __init__(self, clip_model, W0, student):
         super().__init__()
         self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
@@ -422,7 +422,7 @@ def train_phase(job, number, students, weak, lesson, table):
     for epoch in range(first, epochs):
         if number > 1 and (epoch == 0 or number == 2 and "fresh" in job.added):     # (A3)
             y, clean = select_clean(guess(job, table), table)
-            lesson = y, clean if number < 3 else clean >= 0     # (A7) phase 1's judges know less
+            lesson = y, clean if number < 3 else clean >= 0     # (A7) all: V- knows less
         y, clean = lesson                                                       # (2, N) each
         if args.shots:                                  # section 4.4: their true labels
             y[:, job.known], clean[:, job.known] = images.y_true[job.known], True

@@ -289,8 +289,8 @@ class Student(nn.Module):
 class FullModel(nn.Module):
     """Section 3.2.2, Eq. (7): one of the two models of phase 2, a fresh image encoder and an FC
     layer W v + b on its unnormalised features v. W starts at W0 (C, D), the zero-shot texts, (A10)
-    times clip_scale; b at 0: for (A5) every copy starts the same. The student of phase 1, frozen,
-    gives p_clean of new images."""
+    times clip_scale; b at 0: (A5) needs every copy to start alike. The student of phase 1,
+    frozen, gives p_clean of new images."""
     def __init__(self, clip_model, W0, student):
         super().__init__()
         self.visual = copy.deepcopy(clip_model.visual).requires_grad_(True)
@@ -471,7 +471,7 @@ def train_phase(job, number, round, students, weak, lesson, table):
     for epoch in range(first, epochs):
         if number > 1 and (epoch == 0 or number == 2 and "fresh" in job.added):     # (A3)
             y, clean = select_clean(guess(job, table), table)
-            lesson = y, clean if number < 3 else clean >= 0     # (A7) phase 1's judges know less
+            lesson = y, clean if number < 3 else clean >= 0     # (A7) all: V- knows less
         y, clean = lesson                                                       # (2, N) each
         if args.shots:                                  # section 4.4: their true labels
             y[:, job.known], clean[:, job.known] = images.y_true[job.known], True

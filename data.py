@@ -722,7 +722,7 @@ def add_common(parser, script, batch_size, what="images per step, of all process
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto",
         help="mixed precision (%(default)s: bf16 or fp16 on CUDA, off elsewhere)")
     add("--batch-size", type=int, default=batch_size, help=f"{what} (%(default)s)")
-    add("--workers", type=int, help="per loader (two train); default: up to 4, 0 for images in "
+    add("--workers", type=int, help="processes of a loader; default: up to 4, 0 for images in "
         "memory and where they cannot share them (macOS, Windows, containers: /dev/shm < 1 GB)")
     add("--cache", type=float, default=4, metavar="GB", help="memory for pixels (%(default)s)")
     add("--flip", help="mirror half of the views; default: if CLIP minds less than crops", **switch)
