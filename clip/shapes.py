@@ -207,12 +207,12 @@ def draw(shape, style, rng):
     return picture, {"colour": name, "ground": ground_name, "fill": fill, "size": size}
 
 
-def pictures(name, split):
+def pictures(name, split, first=None):
     """(PIL images, int labels) of a style. They depend on style and split alone: about 2,000 to
-    train, 1,000 to test."""
+    train, 1,000 to test, or the first ones of them."""
     style, rng = STYLES[name], random.Random(f"{name} {split}")
     n, C = {"train": 2000, "test": 1000}[split], len(SHAPES)
     weights = [style.rarest ** (k / (C - 1)) for k in range(C)]
     y = [k for k in range(C) for _ in range(round(n * weights[k] / sum(weights)))]
     rng.shuffle(y)
-    return [draw(SHAPES[k], style, rng)[0] for k in y], y
+    return [draw(SHAPES[k], style, rng)[0] for k in y[:first]], y[:first]
