@@ -1529,8 +1529,9 @@ def test_demo_gains(tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "pictures", lambda *a: draw(*a, 600))
     assert coft.main(["--device", "cpu", "--epochs1", "1", "--epochs2", "2",
                       "--out", str(tmp_path / "run")]) == 0
-    last = read(tmp_path / "run")[0][-1]
-    assert 45 < last["zero_shot"] < 75 and last["accuracy"] >= last["zero_shot"] + 5, last
+    *_, epoch, last = read(tmp_path / "run")[0]         # plain images; five crops
+    assert 45 < last["zero_shot"] < 75, last
+    assert last["accuracy"] >= epoch["accuracy"] >= last["zero_shot"] + 5, (epoch, last)
 
 
 # ======== coft_plus.py ========
