@@ -1396,7 +1396,6 @@ def test_a_run_is_this_plain_loop(recipe, little, tmp_path, monkeypatch):       
                 clean = l_pos if l_neg is None else (l_pos - l_neg).sigmoid()
                 table[:, m, i] = torch.stack([l_pos.softmax(dim=1), clean]).detach()
         return table
-
     def balanced(p):                                    # (A2)
         return torch.stack([coft.balanced(v, all_classes(v), 10) for v in p]) if more else p
 
@@ -1673,12 +1672,14 @@ def test_density_speaks_in_the_table(monkeypatch):      # (A9)
 def test_when_density_is_asked(even, little, tmp_path, monkeypatch):    # (A9)
     """Before phase 2; then, if classes may be equally large, after the first two of six epochs,
     else after the second, and balance ends."""
-    asked = []
+    asked, powers = [], []
     monkeypatch.setattr(coft_plus, "ask_density", lambda job, models, table, rate, nats:
-                        (table, asked.append((nats, "balance" in job.added)) or even))
+                        (table, asked.append((nats, rate, "balance" in job.added)) or even))
+    monkeypatch.setattr(coft_plus, "part_way", lambda *a: powers.append(a[-1]) or 1.0)
     run(tmp_path / "run", "--epochs2", 6, script=coft_plus)
     first, later = coft_plus.NATS
-    assert asked == [(first, True)] + [(later, True)] * (2 if even else 1)
+    want = [(first, 1 / 2, True), *even * [(later, 1 / 2, True)], (later, 1 / 3, True)]
+    assert (asked, powers) == (want, [4])
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert ("balance" in state["added"]) == even
 
