@@ -2343,7 +2343,7 @@ def test_student(little, tmp_path, capsys):                         # section 4.
     for name in ("small", "resnet32"):
         lines, rows, saved = run(tmp_path / name, "--student", tmp_path / f"{name}.pt",
                                  "--max-steps", 3, "--export", tmp_path / "plain.pt")
-        assert {line.get("phase") for line in lines} == {None, 1, 2, 3}
+        assert {line.get("phase"): line.get("kept") for line in lines}[3] == 1      # no filter (A7)
         model, start = coft.load(tmp_path / name / "model.pt"), clip.load(
             tmp_path / f"{name}.pt")[0].visual.state_dict()
         learnt = model.models[0].visual.state_dict()
