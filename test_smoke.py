@@ -1374,8 +1374,9 @@ def test_the_sheet_shows_what_the_filter_says(script, little, tmp_path, monkeypa
     assert len(shown) > 1                               # after each phase
 
 
-@pytest.mark.parametrize("script, recipe", [(coft, "paper"), (coft, "paper+views+balance+fresh"),
-                                            (coft_plus, "paper+balance")])
+@pytest.mark.parametrize("script, recipe", [
+    (coft, "paper"), (coft, "paper+views+balance+fresh"), (coft_plus, "paper+balance"),
+    (coft_plus, "paper+views+balance+fresh+gauss")])
 def test_a_run_is_this_plain_loop(script, recipe, little, tmp_path, monkeypatch):   # 3.2, 3.3
     """Phases of two epochs of three steps, CoFT+'s first in two rounds: same weights, same loss."""
     begun, queues, ended, start_phase, more = [], [], [], script.start_phase, "views" in recipe
@@ -1392,6 +1393,7 @@ def test_a_run_is_this_plain_loop(script, recipe, little, tmp_path, monkeypatch)
     flags = ["--epochs1", 2, "--epochs2", 2, "--recipe", recipe, "--seed", 5]
     assert status(tmp_path, *flags, script=script) == 0
     job, found, _ = ended[0]
+    assert all(torch.allclose(queue.norm(dim=1), torch.ones(64)) for queue in queues)
     weak = job.dataset.train.view(data.transforms(32)[1])
     W0 = t0 = clip.zeroshot_classifier(job.clip_model, [[PHOTO.format(c)] for c in shapes.SHAPES])
     phases = [(1, 0), (2, 0)]                           # and their rounds
@@ -1409,6 +1411,10 @@ def test_a_run_is_this_plain_loop(script, recipe, little, tmp_path, monkeypatch)
                 table[:, m, i] = torch.stack([l_pos.softmax(dim=1), clean]).detach()
         return table
 
+    def ask(rate, nats):                                # (A9)
+        table = coft_plus.Table(p, p_clean, all_classes(p))
+        return coft_plus.ask_density(job, models, table, rate, coft_plus.NATS[nats])[0][:2]
+
     looks = job.load(weak, seed=5) if more else job.train
     p = sum(look(2 * [coft.ZeroShot(t0)], looks)[0] for _ in range(2)) / 2      # (A1) VIEWS
     balanced = lambda p: coft.guess(job, coft.Table(p, p, all_classes(p)))      # (A2)
@@ -1418,6 +1424,7 @@ def test_a_run_is_this_plain_loop(script, recipe, little, tmp_path, monkeypatch)
             y, clean = map(torch.stack, zip(*(
                 coft.pseudo_labels(v, all_classes(v), 10, 4) for v in balanced(p))))
         else:
+            p, p_clean = ask(1 / 2, 0) if "gauss" in recipe else (p, p_clean)
             models = [script.FullModel(job.clip_model, W0, me) for me in models]
             rate = job.args.lr2
         slow = [copy.deepcopy(me.visual) for me in models] if queues and number == 2 else []
@@ -1426,7 +1433,7 @@ def test_a_run_is_this_plain_loop(script, recipe, little, tmp_path, monkeypatch)
         view = job.dataset.train.view(*weak.transforms, *weak.transforms) if slow else weak
         loaders = [job.load(view, shuffle=True, seed=20 + 2 * number + m + 1000 * round)
                    for m in (0, 1)]
-        looks = job.load(weak, seed=20 + number) if more else job.train
+        looks = job.load(weak, seed=20 + number + 1000 * round) if more else job.train
         for step in range(6):
             if step % 3 == 0:                           # an epoch begins
                 if number == 2 and (more or step == 0):         # (A3)
@@ -1455,7 +1462,9 @@ def test_a_run_is_this_plain_loop(script, recipe, little, tmp_path, monkeypatch)
             for keys, me in zip(slow, models):          # Eq. (10)
                 for v, v_new in zip(keys.parameters(), me.visual.parameters()):
                     v.data.lerp_(v_new.data, 1 - (step + 1) / (step + 10))
-            if step % 3 == 2:                           # and ends: all images are looked at
+            if (step, number, "gauss" in recipe) == (2, 2, True):       # a third of phase 2
+                p, p_clean, n = *ask(1 / 2, 1), 1
+            elif step % 3 == 2:                         # and ends: all images are looked at
                 now, n = look(models, looks), n + 1
                 p = (n * p + now[0]) / (n + 1) if more else now[0]              # (A1)
                 if number == 1:                         # the verdict on all later labels
@@ -1593,23 +1602,6 @@ def test_info_nce():                                    # Eq. (8)
     torch.testing.assert_close(coft_plus.info_nce(q, k, queue, T), sum(losses) / 4)
 
 
-def test_keys():                                        # Eq. (9), (10)
-    visual = torch.nn.Linear(2, 1)
-    visual.output_dim = 3
-    keys = coft_plus.Keys(visual, 6)
-    torch.testing.assert_close(keys.queue.norm(dim=1), torch.ones(6))   # rows, not columns
-    sent = keys.queue.clone()
-    for _ in range(5):
-        keys.push(k := unit(4, 3))
-        sent = torch.cat([sent, k])
-        assert torch.equal(keys.queue, sent[-6:])       # first in, first out
-    start = keys.visual.weight.clone()
-    visual.weight.data += 1.0                           # keys has a copy
-    keys.follow(visual, 0.9)
-    torch.testing.assert_close(keys.visual.weight, start + 0.1)
-    assert not keys.visual.weight.requires_grad
-
-
 def test_texts_are_the_mean_of_the_sentences(frozen):  # section 3.3.3
     sentences = [["a red circle", "a ring without a hole", "a disc"], ["a square"]]
     t0 = clip.zeroshot_classifier(frozen, sentences)
@@ -1685,10 +1677,11 @@ def test_density_speaks_in_the_table(monkeypatch):      # (A9)
 
 
 @pytest.mark.parametrize("even", [True, False])
-def test_when_density_is_asked(even, little, tmp_path, monkeypatch):    # (A9)
+def test_when_density_is_asked(even, drawn, tmp_path, monkeypatch):     # (A9)
     """Before phase 2; then, if classes may be equally large, after the first two of six epochs,
     else after the second, and balance ends."""
     asked, powers = [], []
+    monkeypatch.setattr(shapes, "pictures", lambda _, part: [v[:40] for v in drawn[part]])
     monkeypatch.setattr(coft_plus, "ask_density", lambda job, models, table, rate, nats:
                         (table, asked.append((nats, rate, "balance" in job.added)) or even))
     monkeypatch.setattr(coft_plus, "part_way", lambda *a: powers.append(a[-1]) or 1.0)
