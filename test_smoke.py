@@ -1334,7 +1334,8 @@ def all_differ(out, flags, variants, script=coft):
         seen.append(rows)
 
 
-def test_flags(little, tmp_path):
+def test_flags(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "pictures", lambda _, part: [v[:64] for v in drawn[part]])
     all_differ(tmp_path, ["--max-steps", 2], (
         "", "--seed 1", "--epochs2 0", "--epochs1 0", "--recipe paper", "--no-flip",
         "--no-quick-gelu", "--template {}.", "--lr1 0.01", "--lr2 0.01"))
@@ -1721,10 +1722,11 @@ def test_fit_head(added, limit, frozen, monkeypatch):   # (A11)
         assert (me.gauss_W == W).all() and (me.gauss_b == b).all()
 
 
-@pytest.mark.parametrize("few, shots, fitted", [(4, 0, 1), (10, 0, 0), (10, 1, 0)])
-def test_no_head_from_few_images(few, shots, fitted, little, tmp_path, monkeypatch):  # (A11)
+@pytest.mark.parametrize("few, shots, fitted", [(3, 0, 1), (4, 0, 0), (4, 1, 0)])
+def test_no_head_from_few_images(few, shots, fitted, drawn, tmp_path, monkeypatch):  # (A11)
     asked = []
-    monkeypatch.setattr(coft_plus, "FEW", few)          # of the demo's ten
+    monkeypatch.setattr(shapes, "pictures", lambda _, part: [v[:40] for v in drawn[part]])
+    monkeypatch.setattr(coft_plus, "FEW", few)          # four images a class
     monkeypatch.setattr(coft_plus, "fit_head", lambda *a: asked.append(a))
     run(tmp_path / "run", "--max-steps", 2, "--shots", shots, script=coft_plus)
     assert len(asked) == fitted
