@@ -2328,26 +2328,30 @@ def test_student(little, tmp_path, capsys):                         # section 4.
     for name, shape in (("small", VIT), ("resnet", RESNET), ("resnet32", RESNET | dict(
             image_resolution=32))):
         torch.save(golden_weights(shape), tmp_path / f"{name}.pt")
-    for name in ("small", "resnet32"):
-        lines, rows, saved = run(tmp_path / name, "--student", tmp_path / f"{name}.pt",
-                                 "--max-steps", 3, "--export", tmp_path / "plain.pt")
+    for name, script in ("small", coft_plus), ("small", coft), ("resnet32", coft):
+        out = tmp_path / script.__name__ / name
+        flags = ["--export", tmp_path / "plain.pt"] if script is coft else []
+        lines, rows, saved = run(out, "--student", tmp_path / f"{name}.pt", "--max-steps", 3,
+                                 *flags, script=script)
         assert {line.get("phase"): line.get("kept") for line in lines}[3] == 1      # no filter (A7)
-        model, start = coft.load(tmp_path / name / "model.pt"), clip.load(
+        model, start = script.load(out / "model.pt"), clip.load(
             tmp_path / f"{name}.pt")[0].visual.state_dict()
         learnt = model.models[0].visual.state_dict()
         assert learnt.keys() == start.keys() and not equal(learnt, start)
         assert model.models[0].judge.prompts.shape[-1] == 128       # of the teacher's width
-        assert equal(clip.load(tmp_path / "plain.pt")[0].visual.state_dict(), learnt)
-        _, again, _ = run(tmp_path / "again" / name, "--load", tmp_path / name / "model.pt")
+        _, again, _ = run(tmp_path / "again" / out.parent.name / name, "--load", out / "model.pt",
+                          script=script)
         assert rows == again
+        if script is coft:
+            assert equal(clip.load(tmp_path / "plain.pt")[0].visual.state_dict(), learnt)
     lines, *_ = run(tmp_path / "in 2", "--student", tmp_path / "small.pt", "--max-steps", 1,
                     "--recipe", "ours-third")
     assert {line.get("phase") for line in lines} == {None, 1, 2}
     stops(capsys, "takes images of 64 pixels, not 32", tmp_path / "x", "--student",
           tmp_path / "resnet.pt")
     (tmp_path / "small.pt").rename(moved := tmp_path / "moved.pt")
-    assert coft.load(tmp_path / "small" / "model.pt", student=moved).class_names == saved[
-        "class_names"]
+    model = coft.load(tmp_path / "coft" / "small" / "model.pt", student=moved)
+    assert model.class_names == saved["class_names"]
 
 
 @pytest.mark.parametrize("script, flags", [(coft, ()), (coft_plus, ("--gamma", 0.1))])
