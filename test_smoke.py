@@ -2120,7 +2120,8 @@ def test_candidate_errors(tmp_path, content, says):
 
 @pytest.mark.parametrize("objective", ["cc", "crdpll", "pico"])
 def test_align_run_folder(little, tmp_path, objective):
-    flags = ["--objective", objective, "--shots", 8, "--teacher", "evidence", "--epochs", 2]
+    teacher = "dynamic" if objective == "pico" else "evidence"
+    flags = ["--objective", objective, "--shots", 8, "--teacher", teacher, "--epochs", 2]
     (first, *epochs, last), predictions, saved = run(tmp_path / "run", *flags, script=pa)
     assert sorted(os.listdir(tmp_path / "run")) == [
         "args.json", "disambiguated.csv", "last.pt", "log.jsonl", "model.pt", "predictions.csv",
@@ -2314,6 +2315,7 @@ def test_report(drawn, tmp_path):
     assert 'points="650,100"' in page                   # nothing was clean in the first epoch
     counts = [[int(n or 0) for n in re.findall(r"<td[^>]*>(\d*)", row)]
               for row in re.findall(r"<tr><th>[^<].*", page)]
+    assert page.count("<table>") == page.count("</table>") == 1
     assert counts == [[int(((test.y_true == a) & (y == b)).sum()) for b in range(10)]
                       for a in range(10)]
     least = int((p.topk(2).values @ torch.tensor([1.0, -1.0])).argmin())
@@ -2511,7 +2513,7 @@ def test_mixed_precision(drawn, tmp_path, monkeypatch):
     for amp in ("off", "bf16", "fp16"):                 # fp16: its first steps overflow
         run(tmp_path / amp, "--amp", amp, *few)
         found[amp] = epochs_of(tmp_path / amp)[1]
-    assert found["off"]["loss"] != found["bf16"]["loss"] != found["fp16"]["loss"]
+    assert len({(epoch["loss"], epoch["nll"]) for epoch in found.values()}) == 3
     assert found["bf16"]["loss"] == pytest.approx(found["off"]["loss"], rel=0.02)
     assert found["fp16"]["loss"] == pytest.approx(found["off"]["loss"], rel=0.1)
     skipped = {amp: line["skipped"] for amp, line in found.items()}
