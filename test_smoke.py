@@ -1442,7 +1442,7 @@ def test_a_run_is_this_plain_loop(script, recipe, little, tmp_path, monkeypatch)
                     clean = p_clean.flip(0).gather(2, y[..., None])[..., 0] > 0.5   # the peer's
                 for loader, mine in zip(loaders, clean):
                     loader.batch_sampler.among = [] if slow else mine.nonzero()[:, 0].tolist()
-                batches, losses = zip(*loaders), 0
+                batches, losses, contrasts = zip(*loaders), 0, 0
             loss = 0
             for m, (x, *x_key, i) in enumerate(next(batches)):
                 v, l_pos, l_neg = models[m](job.clip_model, x)
@@ -1452,9 +1452,11 @@ def test_a_run_is_this_plain_loop(script, recipe, little, tmp_path, monkeypatch)
                 mean = of_each[clean[m, i]].mean()
                 losses += float(mean.detach()) / 6      # of two students, three steps
                 loss = loss + mean
-                for x in x_key if slow else []:         # Eq. (8), (9)
+                for x in x_key:                         # Eq. (8), (9)
                     q, k = F.normalize(v, dim=1), F.normalize(slow[m](x), dim=1).detach()
-                    loss = loss + 0.1 * coft_plus.info_nce(q, k, queues[m])
+                    contrast = 0.1 * coft_plus.info_nce(q, k, queues[m])
+                    contrasts += float(contrast.detach()) / 6
+                    loss = loss + contrast
                     queues[m] = torch.cat([queues[m], k])[-64:]
             rate_now = rate * min((step + 1) / 1.6, 0.5 + 0.5 * math.cos(math.pi * step / 6))
             for v, u, g in zip(weights, momentum, torch.autograd.grad(loss, weights)):
@@ -1471,7 +1473,9 @@ def test_a_run_is_this_plain_loop(script, recipe, little, tmp_path, monkeypatch)
                 if number == 1:                         # the verdict on all later labels
                     p_clean = ((n - 1) * p_clean + now[1]) / n if more and n > 1 else now[1]
     torch.testing.assert_close(found.state_dict(), torch.nn.ModuleList(models).state_dict())
-    assert job.run.lines[-1]["loss"] == job.run.lines[-1]["nll"] == pytest.approx(losses, abs=1e-3)
+    last = job.run.lines[-1]
+    assert last["loss"] == last["nll"] == pytest.approx(losses, abs=1e-3)
+    assert last.get("contrast", 0) == pytest.approx(contrasts, abs=1e-3)
 
 
 def test_each_addition_alone(drawn, tmp_path, monkeypatch):
@@ -1901,25 +1905,9 @@ def test_align_extreme_logits():
     assert one.grad[0].tolist() == pytest.approx([-1, 0.5, 0.5])
 
 
-@pytest.fixture
-def random_features():
-    return unit(3, 8, 64), torch.randperm(12)[:8], torch.randint(10, (12,))
-
-
 def flipped(y_true, C, q, seed):
     """Sets that wrong labels enter with chance q."""
     return pa.draw_candidates(torch.ones(len(y_true), C), y_true, q, seed)
-
-
-def job_of(model, objective, teacher="dynamic", align=True):
-    """What train_step needs, as `adapt` makes it."""
-    return SimpleNamespace(
-        args=SimpleNamespace(seed=0, objective=objective, ctx=4, lr=0.1, teacher=teacher,
-                             align=align), clip_model=model,
-        device=torch.device("cpu"), dataset=SimpleNamespace(
-            class_names=list(shapes.SHAPES), templates=[PHOTO]), autocast=nullcontext,
-        scaler=torch.amp.GradScaler("cpu", enabled=False), tau=model.logit_scale.exp(),
-        t_hand=clip.zeroshot_classifier(model, [[PHOTO.format(c)] for c in shapes.SHAPES]))
 
 
 @pytest.mark.parametrize("objective, teacher, weights", [
@@ -1970,8 +1958,11 @@ def test_align_a_run_is_this_plain_loop(objective, teacher, weights, little, tmp
                 table[i] = pa.confidence(objective, l[-1].detach(), S)
             losses, step = losses + float(loss.detach()) / 3, step + 1
     torch.testing.assert_close(learner.prompts.state_dict(), prompts.state_dict())
-    assert job.run.lines[-2]["loss"] == pytest.approx(losses, abs=1e-3)
     torch.testing.assert_close(learner.table, table)
+    last = job.run.lines[-2]
+    assert last["loss"] == pytest.approx(losses, abs=1e-3)
+    want = {"evidence": 2 / 9, "dynamic": 2 / 9, "handcrafted": 1.0, None: 0.0}     # steps 6 to 8
+    assert last.get("alpha", 0) == pytest.approx(want[teacher], abs=1e-3)
 
 
 def test_align_evidence(frozen):
@@ -2013,7 +2004,7 @@ def test_held_out_sets_weigh_the_prompts(little, tmp_path, monkeypatch):
     assert lines[-1]["weights"] == pytest.approx([1 / 3] * 3)
 
 
-def test_align_pico_state(frozen, random_features):
+def test_align_pico_state():
     contrast = pa.Contrast(6, 3, d=4, queue=5)
     assert torch.allclose(contrast.keys.norm(dim=1), torch.ones(5))     # rows, not columns
     z, key = F.normalize(torch.randn(3, 4)), F.normalize(torch.randn(3, 4))
@@ -2024,12 +2015,12 @@ def test_align_pico_state(frozen, random_features):
     torch.testing.assert_close(contrast.prototypes[0], z[1])
     torch.testing.assert_close(contrast.prototypes[2], F.normalize(z[0] + z[2], dim=0))
     assert contrast.prototypes[1].abs().sum() == 0
-    f, i, _ = random_features                           # one prototype, behind every image
-    S = torch.ones(12, 10, dtype=torch.bool)
-    learner = pa.Learner(job_of(frozen, "pico"), S, 10, [1.0])
+    f, i, S = unit(3, 8, 64), torch.randperm(12)[:8], torch.ones(8, 10, dtype=torch.bool)
+    learner = SimpleNamespace(contrast=pa.Contrast(64, 10), table=torch.full((12, 10), 0.1))
     z = F.normalize(learner.contrast.head(f[0]), dim=1)
-    learner.contrast.prototypes[3] = -F.normalize(z.detach().mean(dim=0), dim=0)
-    pa.pico_step(learner, 1, 0.0, f, i, torch.zeros(3, 8, 10), S[i])
+    prototype = -F.normalize(z.detach().mean(dim=0), dim=0)     # the only one, behind every image
+    learner.contrast.prototypes[3] = prototype
+    pa.pico_step(learner, 1, 0.0, f, i, torch.zeros(3, 8, 10), S)
     assert (learner.table[i].argmax(dim=1) == 3).all()  # 0, of those without one, does not win
 
 
