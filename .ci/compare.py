@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-PEERS = ["upl", "grip", "cpl", "lafter", "fixmatch", "deft"]
+PEERS = ["upl", "grip", "cpl", "lafter", "fixmatch", "must", "deft"]
 FILTERS = ["none", "perfect", "softmax", "self"]
 PAPER = "--recipe", "paper+crops"
 METHODS = {

@@ -19,6 +19,10 @@ what stands in brackets the authors have otherwise.
                 classifier learn from the strong one [tokens in each block, no LayerNorms]
     fixmatch    FixMatch, arXiv 2001.07685, on all of the image encoder, started at zero-shot [no
                 labels at all, no EMA]
+    must        MUST, arXiv 2206.02967: the mean of the weights over the steps labels a weak view,
+                all of the image encoder learns from another, parts of it masked, to predict all
+                classes as often, and to fill in what is masked [from a strong view; rates that fall
+                from block to block; 20 to 60 epochs]
     deft        DeFT, arXiv 2409.19696, whose noisy labels are the zero-shot ones: a negative prompt
                 says which are clean, then all of the image encoder learns from those
     supervised  the same full fine-tuning with the true labels: the ceiling; --shots: of few images
@@ -59,6 +63,8 @@ SETTINGS = {
     "alpha": 0.6, "gamma": 1.0, "sets": 2,  # cpl: beta = 1 - gamma / C; how often sets are made
     "text_steps": 400, "text_noise": 0.1, "smoothing": 0.1,     # lafter: its authors'
     "threshold": 0.95,                      # fixmatch: its authors'
+    "must_threshold": 0.2, "fair": 1.0, "align": 0.2, "masked": 0.1,    # must: among its authors'
+    "decay": (0.99, 0.9998, 100),           # likewise: at first, in the end, steps from here to there
     "neg_rate": 10.0}                       # deft: t-'s rate, times that of t+, as in coft.py
 
 # ======== equations ========
@@ -166,8 +172,40 @@ class Tuned(nn.Module):
 
     def forward(self, job, x):
         """Images (B, 3, R, R) -> l (B, C)."""
-        t = F.normalize(self.classifier, dim=1) if self.cosine else self.classifier     # (C, D)
-        return job.tau * features(job, x, self.visual) @ t.T
+        return job.tau * features(job, x, self.visual) @ self.classifier_rows().T
+
+    def classifier_rows(self):
+        """t (C, D)."""
+        return F.normalize(self.classifier, dim=1) if self.cosine else self.classifier
+
+
+class Filler(nn.Module):
+    """What MUST adds to a ViT: a token for masked patches, and what guesses their pixels."""
+    def __init__(self, visual):
+        super().__init__()
+        width, self.side = visual.conv1.out_channels, visual.conv1.kernel_size[0]   # of a patch
+        self.token, self.norm = nn.Parameter(0.02 * torch.randn(width)), nn.LayerNorm(width)
+        self.pixels = nn.Linear(width, 3 * self.side ** 2)
+
+    def forward(self, visual, x, share):
+        """Images (B, 3, R, R), of which a share is masked, two by two patches at once -> f (B, D);
+        mean |guess - pixel| and mean |z - f|^2 of the masked patches, z their unit features."""
+        B, n = len(x), x.shape[-1] // self.side // 2
+        order = torch.rand(B, n * n, device=x.device).argsort(dim=1).argsort(dim=1)
+        mask = (order < math.ceil(share * n * n)).view(B, n, n)
+        mask = mask.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).flatten(1)  # (B, L)
+        h = visual.conv1(x).flatten(2).transpose(1, 2)                              # (B, L, W)
+        h = torch.where(mask[..., None], self.token.to(h.dtype), h)
+        cls = visual.class_embedding.to(h.dtype).expand(B, 1, -1)                   # (B, 1, W)
+        h = visual.ln_pre(torch.cat([cls, h], dim=1) + visual.positional_embedding)
+        for block in visual.transformer.resblocks:
+            h = block(h)                                                            # (B, 1 + L, W)
+        f = F.normalize((visual.ln_post(h[:, 0]) @ visual.proj).float(), dim=1)     # (B, D)
+        h = self.norm(h[:, 1:])[mask]                                               # (M, W)
+        z = F.normalize((h @ visual.proj).float(), dim=1)                           # (M, D)
+        pixels = F.unfold(x, self.side, stride=self.side).transpose(1, 2)[mask]     # (M, 3 side^2)
+        far = z - f[mask.nonzero()[:, 0]]                                           # (M, D)
+        return f, F.l1_loss(self.pixels(h).float(), pixels), far.square().sum(dim=1).mean()
 
 
 # ======== training ========
@@ -328,6 +366,41 @@ def fixmatch(job):
     fit(job, model.groups, EPOCHS, lambda: loader, step, partial(model, job))
 
 
+def must(job):
+    """MUST: the student sees weak views with masked patches, its teacher others without."""
+    if not hasattr(job.clip_model.visual, "transformer"):
+        raise data.DataError("masked patches need a ViT, this is a ResNet")
+    model, teacher = Tuned(job), Tuned(job)
+    filler = Filler(model.visual).to(job.device)
+    first, last, warm = SETTINGS["decay"]
+    done = 0
+
+    @torch.no_grad()
+    def follow():
+        """The teacher takes a step towards the student."""
+        nonlocal done
+        decay = first + (last - first) * min(1, done / warm)
+        for slow, fast in zip(teacher.parameters(), model.parameters()):
+            slow.lerp_(fast, 1 - decay)
+        done += 1
+
+    def step(x, x_student, i):
+        follow()
+        with torch.no_grad():
+            p, y = teacher(job, x).softmax(dim=1).max(dim=1)                    # (B,) each
+        sure = p > SETTINGS["must_threshold"]                                   # (B,)
+        with job.autocast():
+            f, fill, align = filler(model.visual, x_student, SETTINGS["masked"])
+        l = job.tau * f @ model.classifier_rows().T                             # (B, C)
+        fair = -l.softmax(dim=1).mean(dim=0).log().mean()
+        return {"loss": loss_clean(l, y, sure) + SETTINGS["fair"] * fair + fill
+                + SETTINGS["align"] * align, "kept": sure.float().mean(), "fill": fill}
+
+    loader = loader_of(job, job.weak, job.weak)
+    groups = [*model.groups, {"params": filler.parameters(), "lr": LR_LIGHT}]
+    fit(job, groups, EPOCHS, lambda: loader, step, partial(model, job))
+
+
 def deft(job):
     """DeFT. Phase 1: t+, t- and tokens; L_neg shapes t- alone. Phase 2: a fresh image encoder."""
     (pos, pos_group), (neg, neg_group), (tokens, group) = (
@@ -373,7 +446,7 @@ def supervised(job):
 
 # ======== main ========
 
-METHODS = {f.__name__: f for f in (upl, grip, cpl, lafter, fixmatch, deft, supervised)}
+METHODS = {f.__name__: f for f in (upl, grip, cpl, lafter, fixmatch, must, deft, supervised)}
 
 
 def adapt(args):
