@@ -15,8 +15,9 @@ what stands in brackets the authors have otherwise.
                 class, K = N/C/5 to N/C of them [text prompt alone]
     cpl         CPL, arXiv 2406.10502: candidate sets of labels and the loss CC, the sets once anew
                 [text prompt alone; no pools of images that grow over ten rounds]
-    lafter      LaFTer, arXiv 2305.18287: a classifier of texts labels the weak view, tokens and
-                classifier learn from the strong one [tokens in each block, no LayerNorms]
+    lafter      LaFTer, arXiv 2305.18287: a classifier of texts labels a weak view, tokens and
+                classifier learn from another [from a strong one; tokens in each block, no
+                LayerNorms]
     fixmatch    FixMatch, arXiv 2001.07685, on all of the image encoder, started at zero-shot [no
                 labels at all, no EMA]
     must        MUST, arXiv 2206.02967: the mean of the weights over the steps labels a weak view,
@@ -339,13 +340,13 @@ def lafter(job):
     job.run.say(f"classifier of {len(t)} texts: accuracy "
                 f"{data.accuracy(p.argmax(dim=1), job.dataset.test.y_true)}")
 
-    def step(weak, strong, i):
+    def step(x, x_student, i):
         with torch.no_grad():
-            y = (features(job, weak) @ teacher.T).argmax(dim=1)                 # (B,)
-        l = job.tau * features(job, strong, tokens=tokens) @ classifier.T       # (B, C)
+            y = (features(job, x) @ teacher.T).argmax(dim=1)                    # (B,)
+        l = job.tau * features(job, x_student, tokens=tokens) @ classifier.T    # (B, C)
         return {"loss": cross_entropy(l, y)}
 
-    loader = loader_of(job, job.weak, job.strong)
+    loader = loader_of(job, job.weak, job.weak)
     groups = [group, {"params": [classifier], "lr": LR_LIGHT}]
     fit(job, groups, EPOCHS, lambda: loader, step,
         lambda x: job.tau * features(job, x, tokens=tokens) @ classifier.T)
