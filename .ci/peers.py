@@ -65,7 +65,7 @@ SETTINGS = {
     "text_steps": 400, "text_noise": 0.1, "smoothing": 0.1,     # lafter: its authors'
     "threshold": 0.95,                      # fixmatch: its authors'
     "must_threshold": 0.2, "fair": 1.0, "align": 0.2, "masked": 0.1,    # must: among its authors'
-    "decay": (0.99, 0.9998, 100),           # likewise: at first, in the end, steps from here to there
+    "decay": (0.99, 0.9998, 100),           # likewise: at first, in the end; steps between them
     "neg_rate": 10.0}                       # deft: t-'s rate, times that of t+, as in coft.py
 
 # ======== equations ========
