@@ -191,10 +191,12 @@ class Filler(nn.Module):
     def forward(self, visual, x, share):
         """Images (B, 3, R, R), of which a share is masked, two by two patches at once -> f (B, D);
         mean |guess - pixel| and mean |z - f|^2 of the masked patches, z their unit features."""
-        B, n = len(x), x.shape[-1] // self.side // 2
+        B, side = len(x), x.shape[-1] // self.side      # of the grid, in patches
+        n = (side + 1) // 2                             # of the grid, in squares
         order = torch.rand(B, n * n, device=x.device).argsort(dim=1).argsort(dim=1)
         mask = (order < math.ceil(share * n * n)).view(B, n, n)
-        mask = mask.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).flatten(1)  # (B, L)
+        mask = mask.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)     # (B, 2 n, 2 n)
+        mask = mask[:, :side, :side].flatten(1)                                 # (B, L)
         h = visual.conv1(x).flatten(2).transpose(1, 2)                              # (B, L, W)
         h = torch.where(mask[..., None], self.token.to(h.dtype), h)
         cls = visual.class_embedding.to(h.dtype).expand(B, 1, -1)                   # (B, 1, W)
