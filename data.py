@@ -775,13 +775,15 @@ def setup(args, settings={}):
             broadcast_from_rank0(lambda: bool(clip.load(weights)))
         clip_model, _ = clip.load(weights, device=device, quick_gelu=args.quick_gelu)
         full = second_clip(vars(args).get("student"), clip_model, args.quick_gelu)
-    if args.weights and args.arch:
+    if args.arch and (args.weights or args.load):
         clip.check_architecture(clip_model, args.arch)
     for flag, values in settings.items():
         if getattr(args, flag, None) is None:
             setattr(args, flag, values[clip_model.visual.output_dim >= 512])
     if vars(args).get("epochs2") == 0 and (args.student or args.export):
         raise DataError("--epochs2 0 leaves nothing to --student and --export")
+    if os.path.isdir(vars(args).get("export") or ""):
+        raise DataError(f"--export {args.export} is a folder")
     root = dataset.train.root
     if not args.out and args.resume:
         raise DataError(f"--resume: give the run's folder, as --out runs/{args.script}-1")

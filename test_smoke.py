@@ -1555,6 +1555,7 @@ def test_user_errors(drawn, little, tmp_path, capsys, monkeypatch):
             (["--lr1", "nan"], "--lr1 nan is out of range"),
             (["--out", "other.pt/run"], "other.pt"), (["--resume"], "out holds no run to --resume"),
             (["--epochs2", "0", "--export", "x"], "--epochs2 0 leaves nothing to --student and "),
+            (["--export", "photos"], "--export photos is a folder"),
             (["--student", "absent.pt"], "no such model or file: absent.pt")):
         stops(capsys, says, "out", *args)
         assert not (tmp_path / "out").exists()          # and nothing is left behind
@@ -2227,6 +2228,7 @@ def test_load(little, drawn, tmp_path, capsys, monkeypatch, script):
             (["--load", tmp_path / "other.pt"], "other.pt was written by other.py"),
             (["--load", tmp_path / "gone.model.pt"], "gone.model.pt needs its CLIP, from -"),
             (["--load", file, "--weights", tmp_path / "vit.pt"], "adapted from another CLIP: "),
+            (["--load", file, "--arch", "RN50"], "the weights are not those of RN50: resolution"),
             (["--load", file, "--data", tmp_path / "cats"], "nor a model has: cat"),
             (["--load", file, "--student", tmp_path / "vit.pt"], "--student is of another")):
         if "--student" not in args or script is not pa:
