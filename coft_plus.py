@@ -70,7 +70,7 @@ ADDITIONS = {
 VIEWS = 8           # (A1) of each image, for the first labels
 WORD_STD = 0.06     # (A4) of tiny's word vectors, for which lr1 and the noise were chosen
 TOP = 16            # classes of an image that a table holds, see Table
-WHOLE = 300         # (A5) steps of phase 2 that take its models the whole way
+WHOLE = 300         # steps of phase 2 that are not few: part_way (A5), train_phase (A9)
 FEW = 4             # (A5), (A11) from up to so many images a class nothing is learnt
 NATS = 0.8, 1.0     # (A9) nats an image that equal class sizes may cost: after phase 1, in phase 2
 SHRINK = 0.2        # (A9), (A11) at most this share of the covariance is a multiple of I
@@ -463,7 +463,8 @@ def train_phase(job, number, round, students, weak, lesson, table):
         job.added, asked = set(state["added"]), state["asked"]
     elif number == 2 and {"gauss", "fresh"} <= job.added:       # once in the features of phase 1
         table, early = ask_density(job, students, table, 1 / 2, NATS[0])
-        asked = [*range(1 if early else third, third + 1)]
+        often = early and steps >= WHOLE                # few steps: they would confirm themselves
+        asked = [*range(1 if often else third, third + 1)]
     verdict = number == 1                               # then phase 1's p_clean stays, or A9's
     seen = first - sum(epoch <= first for epoch in asked)       # looks so far: none where asked
     looks = job.train if "views" not in job.added else job.load(                # (A1)

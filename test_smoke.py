@@ -1682,10 +1682,11 @@ def test_density_speaks_in_the_table(monkeypatch):      # (A9)
     assert says == 4 * [0.8] + 2 * [-math.inf]
 
 
-@pytest.mark.parametrize("even", [True, False])
-def test_when_density_is_asked(even, drawn, tmp_path, monkeypatch):     # (A9)
-    """Before phase 2; then, if classes may be equally large, after the first two of six epochs,
-    else after the second, and balance ends."""
+@pytest.mark.parametrize("even,steps", [(True, 6), (False, 6), (True, 7)])
+def test_when_density_is_asked(even, steps, drawn, tmp_path, monkeypatch):      # (A9)
+    """Before phase 2; then, if classes may be equally large and steps are not few, after the first
+    two of six epochs, else after the second, and balance ends if they are not."""
+    monkeypatch.setattr(coft_plus, "WHOLE", steps)      # there are six: 40 images, batches of 64
     asked, powers = [], []
     monkeypatch.setattr(shapes, "pictures", lambda _, part: [v[:40] for v in drawn[part]])
     monkeypatch.setattr(coft_plus, "ask_density", lambda job, models, table, rate, nats:
@@ -1693,7 +1694,8 @@ def test_when_density_is_asked(even, drawn, tmp_path, monkeypatch):     # (A9)
     monkeypatch.setattr(coft_plus, "part_way", lambda *a: powers.append(a[-1]) or 1.0)
     run(tmp_path / "run", "--epochs2", 6, script=coft_plus)
     first, later = coft_plus.NATS
-    want = [(first, 1 / 2, True), *even * [(later, 1 / 2, True)], (later, 1 / 3, True)]
+    often = even and steps == 6
+    want = [(first, 1 / 2, True), *often * [(later, 1 / 2, True)], (later, 1 / 3, True)]
     assert (asked, powers) == (want, [4])
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert ("balance" in state["added"]) == even

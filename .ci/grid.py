@@ -74,10 +74,10 @@ def counts(C, first, last):
 
 
 def draw_world(folder, style, classes, first, last):
-    """Fills folder/train and folder/test (500 images or 5 of each class)."""
+    """Fills folder/train and folder/test (2,000 images or 20 of each class)."""
     rng, C = random.Random(folder.name), len(classes)
     for part, numbers in (("train", counts(C, first, last)),
-                          ("test", [max(5, 500 // C)] * C)):
+                          ("test", [max(20, 2000 // C)] * C)):
         left = dict(zip(classes, numbers))
         while any(left.values()):
             shape = rng.choice(shapes.SHAPES)
