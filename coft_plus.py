@@ -23,11 +23,12 @@ won nothing (.ci/results.md). In their place (A9): an image encoder that is bein
 the images of a class, whatever some of their labels say. So after phase 1, and again after a third
 of phase 2, each class gets a Gaussian in the features; its density times the model's posterior
 joins the labels' running mean, and the peer's Gaussians, not its V-, call them clean. Likelihood
-decides whether classes are held to equal sizes (A2): if that costs little after phase 1, Gaussians
-label after each epoch of phase 2's first third, else only at its end; if it costs much then, (A2)
-stops. Later epochs add the models' own posteriors to the labels' running mean, and in the end the
-models predict by Gaussians too (A11): with few images most is won there. That takes five crops
-anyway, so their softmax counts as far as A5 lets; coft.py's crops_tell won nothing here.
+decides whether classes are held to equal sizes (A2): if that costs little after phase 1, and steps
+are not few, Gaussians label after each epoch of phase 2's first third, else only at its end; if it
+costs much then, (A2) stops. Later epochs add the models' own posteriors to the labels' running
+mean, and in the end the models predict by Gaussians too (A11): with few images most is won there.
+That takes five crops anyway, so their softmax counts as far as A5 lets; coft.py's crops_tell won
+nothing here.
 
 The paper does not say, so decided here, beyond coft.py: three rounds, gamma 0.1, temperature 0.1,
 mu 0.99 at most, a queue of half an epoch or 16 batches at most; classes without sentences get the
